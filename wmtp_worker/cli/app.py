@@ -1,0 +1,42 @@
+"""The commands and their names; each lives in a file of its own and imports torch only when it runs."""
+
+from typing import Annotated
+
+import typer
+
+from wmtp_worker import __version__
+from wmtp_worker.cli.doctor import doctor
+from wmtp_worker.cli.settings import app as settings_app
+
+app = typer.Typer(
+    name="wmtp",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(doctor)
+app.add_typer(settings_app, name="settings")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"wmtp {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def wmtp(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Train language models by weighted multi-token prediction, on machines that may vanish at any moment.
+
+    [bold]First steps[/bold]
+
+    wmtp doctor                                   is this machine fit to train?
+
+    wmtp settings show --preset smoke             every setting, and where it comes from
+    """

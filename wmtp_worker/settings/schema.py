@@ -1,0 +1,243 @@
+"""The typed tree of settings. Values come from `configs/` and the layers above it; there are no defaults here."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
+from pydantic.fields import FieldInfo
+
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+class Section(BaseModel):
+    """Settings never change once loaded, and hold nothing that is not described here."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def _run_name(value: object) -> object:
+    if isinstance(value, str) and (not RUN_NAME.fullmatch(value) or ".." in value):
+        raise ValueError(
+            "is no name for a run; use up to 100 letters, digits, '.', '_' and '-', a letter or digit first, no '..'"
+        )
+    return value
+
+
+def _resume(value: object) -> object:
+    if value in ("auto", "never") or (type(value) is int and value >= 0):
+        return value
+    raise ValueError("is neither auto, never nor a step; use one of those, for example 400")
+
+
+def _workdir(value: object) -> object:
+    if not isinstance(value, str | Path) or not str(value).strip():
+        raise ValueError("is no path; name a folder that may be created and written")
+    return Path(value).expanduser().absolute()
+
+
+def _provider(value: object) -> object:
+    if value in ("s3", "gcs", "azure"):
+        raise ValueError("is not available in this version; set it to local")
+    return value
+
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class RunSettings(Section):
+    name: Annotated[str, BeforeValidator(_run_name)] = Field(
+        description="name of the run and of its folders; null means <recipe>-<preset>"
+    )
+    seed: Count = Field(description="seed of every random choice")
+    workdir: Annotated[Path, BeforeValidator(_workdir)] = Field(
+        description="local root of models, datasets, checkpoints and logs"
+    )
+    resume: Annotated[Literal["auto", "never"] | int, BeforeValidator(_resume)] = Field(
+        description="auto takes the newest checkpoint that verifies, never starts anew, a number takes that step"
+    )
+    accept_changes: list[str] = Field(
+        description="settings, by dotted key, that may differ from those of the checkpoint"
+    )
+
+
+class HostSettings(Section):
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
+        description="where to compute; auto takes the best there is"
+    )
+    threads: Count = Field(description="CPU threads; 0 means as many as the machine or container allows")
+
+
+class ModelSettings(Section):
+    path: Text | None = Field(
+        description="folder of a Llama-family model (config.json, safetensors), or its name under <workdir>/models/; "
+        "null builds a new model of the shape below"
+    )
+    tokenizer: Text | None = Field(
+        description="folder of a tokenizer; null takes the model's own, or the packaged one for a new model"
+    )
+    heads: Positive = Field(
+        description="tokens predicted at each position: the trunk's own and heads - 1 more"
+    )
+    hidden_size: Positive = Field(description="width of the residual stream of a new model")
+    intermediate_size: Positive = Field(description="width inside a new model's MLP")
+    layers: Positive = Field(description="transformer layers of a new model, head 1 included")
+    attention_heads: Positive = Field(description="attention heads of a new model")
+    key_value_heads: Positive = Field(
+        description="key and value heads of a new model (grouped-query attention)"
+    )
+    max_position_embeddings: Positive = Field(description="longest sequence, in tokens, of a new model")
+    rope_theta: Annotated[float, Field(gt=0)] = Field(description="base of a new model's rotary positions")
+    tie_embeddings: bool = Field(description="whether a new model's unembedding is its embedding")
+
+
+class DataSettings(Section):
+    dataset: Text = Field(
+        description="the packaged sample, a name under <workdir>/datasets/, or a folder with train.jsonl and "
+        "validation.jsonl, or with MBPP's mbpp.jsonl"
+    )
+    sequence_length: Annotated[int, Field(ge=2)] = Field(description="tokens in one row of a batch")
+    packing: bool = Field(description="whether several samples share one row")
+
+
+class EarlyStoppingSettings(Section):
+    patience: Count = Field(
+        description="validations without improvement before training stops; 0 never stops early"
+    )
+    min_delta: NotNegative = Field(
+        description="smallest fall of the validation loss that counts, in nats per token"
+    )
+
+
+class TrainingSettings(Section):
+    max_steps: Positive = Field(description="optimizer steps of the whole run")
+    micro_batch_size: Positive = Field(description="rows in one forward and backward pass")
+    accumulation: Positive = Field(description="passes whose gradients make one step")
+    lr: Annotated[float, Field(gt=0)] = Field(description="highest learning rate, reached after the warm-up")
+    min_lr_ratio: Fraction = Field(description="learning rate at the end of the cosine, as a part of lr")
+    warmup_steps: Count = Field(description="steps in which the learning rate rises from 0 to lr")
+    weight_decay: NotNegative = Field(description="AdamW's decay of weight matrices")
+    beta1: BelowOne = Field(description="AdamW's decay of the first moment")
+    beta2: BelowOne = Field(description="AdamW's decay of the second moment")
+    eps: Annotated[float, Field(gt=0)] = Field(description="AdamW's addend to the denominator")
+    grad_clip: NotNegative = Field(description="largest norm of the gradient; 0 does not clip")
+    precision: Literal["fp32", "bf16"] = Field(description="fp32, or bf16 autocast over fp32 weights")
+    early_stopping: EarlyStoppingSettings
+
+
+class WeightingSettings(Section):
+    family: Literal["uniform"] = Field(description="how the tokens of a sample are weighted in the loss")
+
+
+class EvaluationSettings(Section):
+    every: Count = Field(description="steps between validations; 0 validates only at the end")
+    max_batches: Count = Field(description="batches of one validation; 0 takes the whole validation split")
+
+
+class CheckpointSettings(Section):
+    every: Positive = Field(description="steps between checkpoints")
+    keep_last: Positive = Field(description="checkpoints kept, apart from the best and the final model")
+
+
+class LoggingSettings(Section):
+    level: Literal["debug", "info", "warning", "error"] = Field(description="least important messages shown")
+    every: Positive = Field(description="steps between lines of progress")
+
+
+class CloudSettings(Section):
+    provider: Annotated[Literal["local"], BeforeValidator(_provider)] = Field(
+        description="where runs are published; this version knows local, the work directory itself"
+    )
+
+
+class Settings(Section):
+    """All settings of one run. `sources` says, per dotted key, where its value came from."""
+
+    recipe: str = Field(description="short name of the recipe: what is trained")
+    preset: str = Field(description="short name of the preset: how large, and on what machine")
+    run: RunSettings
+    host: HostSettings
+    model: ModelSettings
+    data: DataSettings
+    training: TrainingSettings
+    weighting: WeightingSettings
+    evaluation: EvaluationSettings
+    checkpoint: CheckpointSettings
+    logging: LoggingSettings
+    cloud: CloudSettings
+
+    _sources: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def sources(self) -> Mapping[str, str]:
+        """Dotted key to the file and line, the variable or the option that set it."""
+        return self._sources
+
+    def flat(self) -> dict[str, Any]:
+        """Dotted key to JSON value, in the order of the tree."""
+        return dict(_flatten(self.model_dump(mode="json"), ""))
+
+    def identity(self) -> dict[str, Any]:
+        """The part of `flat()` that determines the numbers of the training.
+
+        Where the run lives, what it runs on, how often it saves and what it prints are left out. So are the names of
+        model, tokenizer and data set: what they contain is compared by digest, wherever it lies.
+        """
+        flat = self.flat()
+        built = flat["model.path"] is None
+        return {
+            key: value
+            for key, value in flat.items()
+            if key == "run.seed"
+            or (
+                key.split(".")[0] not in _NOT_IDENTITY_SECTIONS
+                and key not in _NOT_IDENTITY
+                and (built or key not in MODEL_SHAPE)
+            )
+        }
+
+    def digest(self) -> str:
+        """SHA-256, in hex, of `identity()` as canonical JSON."""
+        text = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+_NOT_IDENTITY_SECTIONS = frozenset({"recipe", "preset", "run", "host", "checkpoint", "logging", "cloud"})
+_NOT_IDENTITY = frozenset({"model.path", "model.tokenizer", "data.dataset"})
+# what a model built from settings looks like; a model from a folder brings its own
+MODEL_SHAPE = tuple(
+    f"model.{name}" for name in ModelSettings.model_fields if name not in ("path", "tokenizer", "heads")
+)
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _fields(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from _fields(kind, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
+# every setting by dotted key, in the order of the tree
+FIELDS: Mapping[str, FieldInfo] = dict(_fields(Settings, ""))
+# chosen by name before the layers are read, never set by one
+CHOSEN = ("recipe", "preset")
+SETTABLE: tuple[str, ...] = tuple(key for key in FIELDS if key not in CHOSEN)
+SECTIONS = frozenset(key.rsplit(".", depth)[0] for key in SETTABLE for depth in range(1, key.count(".") + 1))
