@@ -1,0 +1,93 @@
+#!/usr/bin/env bash
+# The image's entrypoint: makes the surroundings fit, then becomes the command. See `help`.
+set -euo pipefail
+# shellcheck source=entrypoint/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+# wmtp_worker/settings/secrets.py has the same list; a test holds the two equal
+SECRET_VARIABLES=(
+  AWS_ACCESS_KEY_ID
+  AWS_SECRET_ACCESS_KEY
+  AWS_SESSION_TOKEN
+  AZURE_STORAGE_CONNECTION_STRING
+  AZURE_STORAGE_KEY
+  HF_TOKEN
+  MLFLOW_TRACKING_USERNAME
+  MLFLOW_TRACKING_PASSWORD
+)
+
+usage() {
+  cat <<'TEXT'
+docker run [...] -v NAME:/workspace IMAGE [command]
+
+  train [options]        train, or go on with a run (the default): train --preset smoke --resume auto
+  evaluate RUN           evaluate a run's checkpoint
+  checkpoints ls|verify  what is in a run, and whether it is whole
+  doctor                 is this machine fit? what to do if not
+  settings show          the settings a run would have, and where each comes from
+  health                 is the training alive? (what HEALTHCHECK asks)
+  shell                  bash in the image
+
+Anything else is run as it is if it is a program of the image. `train --help` and the like say more.
+Secrets may come from files: AWS_SECRET_ACCESS_KEY_FILE=/run/secrets/key, and so on.
+TEXT
+}
+
+# Puts the content of the file $NAME_FILE into NAME, as wmtp itself does: here for what is not wmtp.
+file_env() {
+  local name=$1 file=$1_FILE value
+  [[ -n ${!file:-} ]] || return 0
+  # one newline at the end is dropped, as wmtp does; a bare $(...) would drop them all
+  value=$(cat "${!file}" 2>/dev/null && printf .) ||
+    fail "$file=${!file} cannot be read" "make the file readable, or set $name itself"
+  value=${value%.} value=${value%$'\n'} value=${value%$'\r'}
+  [[ -n $value ]] || fail "$file=${!file} is an empty file" "put the secret in it"
+  if [[ -n ${!name:-} && ${!name} != "$value" ]]; then
+    fail "both $name and $file are set, to different values" "keep only one of them"
+  fi
+  export "$name=$value"
+}
+
+# The version of the torch that would be imported, from its metadata: importing it takes seconds.
+torch_version() {
+  python3 -c 'import importlib.metadata as metadata; print(metadata.version("torch"))' 2>/dev/null
+}
+
+check_torch() {
+  local version
+  version=$(torch_version) || fail "this image has no torch" "build it on a base image that has torch 2"
+  [[ $version == 2.* ]] || fail "this image has torch $version, and wmtp-worker needs torch 2" \
+    "build it on a base image with torch 2: docker build --build-arg BASE_IMAGE=..."
+}
+
+_main() {
+  # options alone are options of train
+  if (($# == 0)) || [[ $1 == -* && $1 != -h && $1 != --help && $1 != --version ]]; then set -- train "$@"; fi
+  find_room_for_caches
+  local name
+  for name in "${SECRET_VARIABLES[@]}"; do file_env "$name"; done
+
+  case $1 in
+  train)
+    check_torch
+    exec "$WMTP_ROOT/entrypoint/start.sh" "${@:2}"
+    ;;
+  evaluate)
+    check_torch
+    exec wmtp "$@"
+    ;;
+  checkpoints | doctor | settings | --version) exec wmtp "$@" ;;
+  health) exec "$WMTP_ROOT/entrypoint/health.sh" ;;
+  shell) exec bash "${@:2}" ;;
+  help | -h | --help) usage ;;
+  *)
+    command -v -- "$1" >/dev/null || fail "unknown command: $1" \
+      "one of train, evaluate, checkpoints, doctor, settings, health, shell, help, or a program of the image"
+    exec "$@"
+    ;;
+  esac
+}
+
+_is_sourced() { [[ ${BASH_SOURCE[0]} != "$0" ]]; }
+
+_is_sourced || _main "$@"

@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Installs what it needs, then checks everything: all linters first, then the tests.
+#
+#   scripts/test.sh                        everything
+#   scripts/test.sh tests/settings -k env  the linters, then pytest with these arguments
+#
+# The container tests need a Docker engine and skip visibly without one, unless WMTP_REQUIRE_CONTAINERS=1.
+set -euo pipefail
+# shellcheck source=entrypoint/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../entrypoint/lib.sh"
+
+failed=()
+
+# Runs one stage, tells its time, remembers whether it failed.
+stage() {
+  local name=$1 started=${EPOCHREALTIME/[.,]/} mark=ok
+  shift
+  "$@" || { mark=FAILED && failed+=("$name"); }
+  printf '%-14s %-6s %6.1f s\n' "$name" "$mark" "$(((${EPOCHREALTIME/[.,]/} - started) / 100000))e-1"
+}
+
+lint() {
+  local scripts
+  mapfile -t scripts < <(shfmt --find entrypoint scripts .ci)
+  stage "ruff format" ruff format --check --quiet .
+  stage "ruff check" ruff check --quiet .
+  stage mypy mypy --no-error-summary
+  stage imports imports
+  stage shellcheck shellcheck --external-sources "${scripts[@]}"
+  stage shfmt shfmt --diff "${scripts[@]}"
+  stage hadolint hadolint Dockerfile
+}
+
+# lint-imports is talkative: its words matter only when a contract is broken
+imports() {
+  local words
+  words=$(lint-imports --no-cache 2>&1) || { echo "$words" && return 1; }
+}
+
+_main() {
+  [[ ${1:-} == -- ]] && shift
+  cd "$WMTP_ROOT"
+  ensure_venv dev
+  export PATH=$venv/bin:$PATH
+  lint
+  if ((${#failed[@]} > 0)); then
+    say "failed: $(printf '%s, ' "${failed[@]}" | sed 's/, $//') (the tests were not run)"
+    exit 1
+  fi
+  stage pytest python -m pytest "$@"
+  say "$SECONDS s in all"
+  ((${#failed[@]} == 0))
+}
+
+_main "$@"
