@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
+from urllib.parse import quote
 
 MASK = "***"
 _SHORTEST = 6  # shorter values are words that would mask half of a log
@@ -31,9 +32,10 @@ class Redactor:
 
     def __init__(self, environ: Mapping[str, str] | None = None) -> None:
         found = {
-            value
+            form
             for name, value in (os.environ if environ is None else environ).items()
             if len(value) >= _SHORTEST and _SECRET_NAME.match(name.upper())
+            for form in (value, quote(value, safe=""))  # as it stands, and as it stands in a URL
         }
         # the longest first: one secret may contain another
         ordered = sorted(found, key=lambda value: (-len(value), value))

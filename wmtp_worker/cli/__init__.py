@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import TextIO
 
 from wmtp_worker import errors
 from wmtp_worker.host.stop import STOP
@@ -18,41 +21,58 @@ def main(argv: Sequence[str] | None = None) -> int:
     # before anything slow: a signal that comes while modules load is answered as soon as the command polls
     STOP.install()
     try:
-        return _run(argv)
-    except BrokenPipeError:
-        # the reader has gone; python would complain about the same pipe once more while it exits
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _BROKEN_PIPE
+        code = _run(argv)
+        sys.stdout.flush()
+        return code
+    except (BrokenPipeError, SystemExit):  # rich answers a broken pipe with SystemExit
+        code = _BROKEN_PIPE
     except Exception as error:
-        return _explain(error)
+        code, text = _explain(error)
+        with contextlib.suppress(OSError):
+            _print(text, "yellow" if code == errors.AGAIN else "red")
+    _settle(sys.stdout)
+    _settle(sys.stderr)
+    return code
 
 
 def _run(argv: Sequence[str] | None) -> int:
+    import typer
+
     from wmtp_worker.cli.app import app
 
-    result = app(args=None if argv is None else list(argv), prog_name="wmtp", standalone_mode=False)
-    sys.stdout.flush()
-    return result if isinstance(result, int) else errors.DONE
+    # not app(): it would turn a broken pipe into an exit code of its own
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("wmtp", list(sys.argv[1:] if argv is None else argv)) as context:
+            command.invoke(context)
+    except typer.Exit as end:
+        return end.exit_code
+    return errors.DONE
 
 
-def _explain(error: Exception) -> int:
+def _settle(stream: TextIO) -> None:
+    """Flush, or forget what cannot be written: python would end with 120 instead of our code."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _explain(error: Exception) -> tuple[int, str]:
+    """The exit code of an error, and what to tell the user, without secrets."""
     from wmtp_worker.redact import redact
 
     if isinstance(error, errors.Interrupted):
-        _print(f"wmtp: {redact(str(error))}", "yellow")
-        return error.exit_code
+        return error.exit_code, f"wmtp: {redact(str(error))}"
     if isinstance(error, errors.WorkerError):
-        _print(f"error: {redact(str(error))}", "red")
-        return error.exit_code
+        return error.exit_code, f"error: {redact(str(error))}"
     if _is_usage_error(error):
-        _print(redact(_usage(error)), "red")
-        return errors.WRONG
-    if isinstance(error, OSError) and error.errno == 28:
-        _print(f"error: {redact(str(error))} -> make room there, or set WMTP_WORKDIR to a larger disk", "red")
-        return errors.WRONG
-    sys.stderr.write(redact("".join(traceback.format_exception(error))))
-    _print("wmtp: this is a bug of ours, not of yours; please report it with the lines above", "red")
-    return errors.BUG
+        return errors.WRONG, redact(_usage(error))
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        fix = "make room there, or set WMTP_WORKDIR to a larger disk"
+        return errors.WRONG, f"error: {redact(errors.sentence(str(error), None, fix))}"
+    trace = "".join(traceback.format_exception(error))
+    return errors.BUG, f"{redact(trace)}wmtp: this is a bug of ours; please report it with the lines above"
 
 
 def _is_usage_error(error: Exception) -> bool:
@@ -61,12 +81,17 @@ def _is_usage_error(error: Exception) -> bool:
 
 
 def _usage(error: Exception) -> str:
+    message = error.format_message()  # type: ignore[attr-defined]
+    if not message:  # no command at all: typer has printed the help
+        return ""
     context = getattr(error, "ctx", None)
     hint = f"\n{context.get_usage()}\nTry '{context.command_path} --help'." if context else ""
-    return f"error: {error.format_message()}{hint}"  # type: ignore[attr-defined]
+    return f"error: {message}{hint}"
 
 
 def _print(text: str, color: str) -> None:
+    if not text:
+        return
     if not sys.stderr.isatty():
         sys.stderr.write(text + "\n")
         return

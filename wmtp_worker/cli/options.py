@@ -14,7 +14,7 @@ Preset = Annotated[
     str | None,
     typer.Option(
         metavar="NAME|FILE",
-        help="How large, on what machine: smoke, local-light, production, or a .yaml file. [dim]local-light[/dim]",
+        help="How large: smoke, local-light, production, or a .yaml file. [dim]local-light[/dim]",
     ),
 ]
 RunName = Annotated[

@@ -44,7 +44,7 @@ def set_threads(wanted: int) -> int:
 
 
 def describe(device: torch.device) -> dict[str, str | int | float]:
-    """Facts worth keeping beside a run: device, its name and memory in bytes, torch, threads, cores allowed."""
+    """Facts worth keeping beside a run: the device, its name and memory in bytes, torch, threads, cores."""
     import torch
 
     facts: dict[str, str | int | float] = {

@@ -16,8 +16,9 @@ from wmtp_worker.host.workdir import prepare
 from wmtp_worker.settings import Settings
 
 GIB = 1 << 30
+OLDEST_PYTHON = (3, 11)
 TORCH_MAJOR = "2"
-# the day this check was written: a clock before it is wrong, and breaks TLS, signatures and leases
+# nothing of this existed before: an earlier clock is wrong, and breaks TLS, signatures and leases
 _EARLIEST = 1_763_769_600
 _LATEST = _EARLIEST + 30 * 365 * 86_400
 
@@ -52,7 +53,7 @@ def checks(settings: Settings) -> Iterator[Check]:
 
 def _python() -> Check:
     found = platform.python_version()
-    if sys.version_info < (3, 11):
+    if tuple(sys.version_info) < OLDEST_PYTHON:
         return Check("python", "fail", found, "use Python 3.11 or newer")
     return Check("python", "pass", found)
 

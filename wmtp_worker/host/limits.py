@@ -27,7 +27,7 @@ def visible_cpus() -> int:
 
 
 def memory_limit(root: Path = ROOT) -> int | None:
-    """Bytes of memory we may use: the smallest of the cgroup limit and the machine's memory; None if unknown."""
+    """Bytes of memory we may use: the smaller of cgroup limit and machine; None if unknown."""
     found = [_bytes(d / "memory.max") for d in _cgroups(root, "")]
     found += [_bytes(d / "memory.limit_in_bytes") for d in _cgroups(root, "memory")]
     found.append(_total_memory(root))

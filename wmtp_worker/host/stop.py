@@ -1,8 +1,10 @@
 """A request to stop, from a signal, that everything long-running polls.
 
-Standard library only and imported first of all: a signal that arrives while torch is being imported must not be lost.
+Standard library only and imported first of all: a signal that arrives while torch is being imported must not
+be lost.
 """
 
+import contextlib
 import os
 import signal
 from types import FrameType
@@ -16,8 +18,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class StopRequest:
     """The first signal asks for a stop at the next safe moment, the second ends the process at once.
 
-    The second one exits with 128 + its number, as a shell would report it, and runs no clean-up. `install` must be
-    called from the main thread; polling is safe from any.
+    The second one exits with 128 + its number, as a shell would report it, and runs no clean-up. `install`
+    must be called from the main thread; polling is safe from any.
     """
 
     def __init__(self) -> None:
@@ -72,10 +74,8 @@ class StopRequest:
 
 def _say(line: str) -> None:
     # print could be interrupted inside its own lock; a closed stderr must not end a run that is about to save
-    try:
+    with contextlib.suppress(OSError):
         os.write(2, line.encode())
-    except OSError:
-        pass
 
 
 STOP = StopRequest()

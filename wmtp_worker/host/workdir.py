@@ -10,7 +10,8 @@ from wmtp_worker.errors import DiskFullError, SettingsError
 def prepare(workdir: Path) -> Path:
     """Create the work directory and write, sync, rename and delete a small file in it; return it.
 
-    Raises SettingsError if it cannot be created or written, DiskFullError if there is no room. Leaves nothing behind.
+    Raises SettingsError if it cannot be created or written, DiskFullError if there is no room. The probe is
+    gone afterwards, the directory stays.
     """
     first, second = (workdir / f".writable-{os.getpid()}{end}" for end in (".tmp", ""))
     try:

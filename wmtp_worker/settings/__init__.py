@@ -1,4 +1,4 @@
-"""Typed settings: `load` reads every layer and returns one frozen `Settings`, or one error that says all that is wrong."""
+"""Typed settings: `load` reads every layer into one frozen `Settings`, or says at once all that is wrong."""
 
 from wmtp_worker.settings.load import load
 from wmtp_worker.settings.schema import (

@@ -85,7 +85,7 @@ def _training(settings: Settings) -> Iterator[Problem]:
             "shorten the warm-up",
         )
     if training.early_stopping.patience and not settings.evaluation.every:
-        what = "training.early_stopping.patience counts validations, but evaluation.every=0 has none before the end"
+        what = "training.early_stopping.patience counts validations, but evaluation.every=0 has only one"
         fix = "set evaluation.every, or patience to 0"
         yield Problem(what, settings.sources["training.early_stopping.patience"], fix)
     if isinstance(run.resume, int) and run.resume > training.max_steps:

@@ -1,5 +1,6 @@
 """The environment and `.env`: which variables there are, and the settings they carry."""
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -8,7 +9,6 @@ from dotenv.parser import parse_stream
 
 from wmtp_worker.settings.files import display
 from wmtp_worker.settings.schema import SETTABLE
-from wmtp_worker.settings.secrets import SECRET_VARIABLES
 from wmtp_worker.settings.values import Given, Problem, nearest, parse
 
 # short names of settings that are set all the time
@@ -49,7 +49,7 @@ KNOWN: tuple[str, ...] = (*SETTING_VARIABLES, *OTHER)
 def read_env_file(environ: Mapping[str, str], problems: list[Problem]) -> dict[str, tuple[str, str]]:
     """Variable to (value, `file:line`) of $WMTP_ENV_FILE, or of ./.env if there is one."""
     named = environ.get("WMTP_ENV_FILE")
-    path = Path(named).expanduser() if named else Path(".env")
+    path = Path(os.path.expanduser(named)) if named else Path(".env")
     if not named and not path.is_file():
         return {}
     try:
@@ -115,8 +115,3 @@ def _refused(name: str, where: str) -> Problem | None:
 def foreign(variables: Iterable[str]) -> list[str]:
     """Those variables that are not ours: credentials and options of the libraries we use."""
     return [name for name in variables if not name.startswith("WMTP_") and name not in SETTING_VARIABLES]
-
-
-def secret_names() -> list[str]:
-    """Every secret and its `_FILE` form."""
-    return [name for secret in SECRET_VARIABLES for name in (secret, f"{secret}_FILE")]

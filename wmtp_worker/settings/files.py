@@ -1,6 +1,7 @@
 """The YAML layers: `configs/` of this package, and files of the user's own."""
 
 import importlib.resources
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +30,8 @@ def configs() -> Path:
 def find(kind: str, chosen: str, where: str, problems: list[Problem]) -> Layer | None:
     """The file of a recipe or preset: by name from `configs/`, or any .yaml file by its path."""
     if chosen.endswith((".yaml", ".yml")) or "/" in chosen:
-        path = Path(chosen).expanduser()
-        if not path.is_file():
+        path = Path(os.path.expanduser(chosen))
+        if not os.path.isfile(path):
             problems.append(
                 Problem(f"{kind} file {chosen!r} does not exist", where, f"check the path; {_known(kind)}")
             )
@@ -41,7 +42,7 @@ def find(kind: str, chosen: str, where: str, problems: list[Problem]) -> Layer |
             problems.append(Problem(f"{kind} file {chosen!r} gives no usable name", where, fix))
         return Layer(name, path)
     path = configs() / f"{kind}.{chosen}.yaml"
-    if not path.is_file():
+    if not os.path.isfile(path):
         near = nearest(chosen, names(kind))
         hint = f"did you mean {near}? " if near else ""
         problems.append(Problem(f"unknown {kind} {chosen!r}", where, hint + _known(kind)))
@@ -90,7 +91,7 @@ def read(path: Path, problems: list[Problem]) -> dict[str, Given]:
         )
         return {}
     finally:
-        loader.dispose()  # type: ignore[no-untyped-call]
+        loader.dispose()
 
 
 def _walk(

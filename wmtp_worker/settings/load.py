@@ -1,4 +1,4 @@
-"""From the layers to one `Settings`: defaults, preset, recipe, .env, environment, command line; later wins."""
+"""From the layers to `Settings`: defaults, preset, recipe, .env, environment, command line; later wins."""
 
 import json
 import os
@@ -29,9 +29,10 @@ def load(
 ) -> Settings:
     """Read every layer and return the settings of one run.
 
-    `overrides` are `key=value` as behind `--set`, the last of a key wins; `options` are values of dedicated options by
-    dotted key (None: not given). `recipe` and `preset` are names, or paths of YAML files. `environ` (os.environ) is
-    added to: variables of `.env` that are not ours, unless already there, and secrets that `VAR_FILE` names.
+    `overrides` are `key=value` as behind `--set`, the last of a key wins; `options` are values of dedicated
+    options by dotted key (None: not given). `recipe` and `preset` are names, or paths of YAML files.
+    `environ` (os.environ) is added to: variables of `.env` that are not ours, unless already there, and
+    secrets that `VAR_FILE` names.
 
     Raises SettingsError with everything that is wrong, each with its key, value and origin.
     """

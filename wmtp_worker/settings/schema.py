@@ -1,7 +1,8 @@
-"""The typed tree of settings. Values come from `configs/` and the layers above it; there are no defaults here."""
+"""The typed tree of settings. The values, defaults too, come from `configs/` and the layers above."""
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ class Section(BaseModel):
 def _run_name(value: object) -> object:
     if isinstance(value, str) and (not RUN_NAME.fullmatch(value) or ".." in value):
         raise ValueError(
-            "is no name for a run; use up to 100 letters, digits, '.', '_' and '-', a letter or digit first, no '..'"
+            "is no name for a run; use letters and digits, then also '.', '_' and '-'; at most 100; no '..'"
         )
     return value
 
@@ -36,7 +37,7 @@ def _resume(value: object) -> object:
 def _workdir(value: object) -> object:
     if not isinstance(value, str | Path) or not str(value).strip():
         raise ValueError("is no path; name a folder that may be created and written")
-    return Path(value).expanduser().absolute()
+    return Path(os.path.expanduser(value)).absolute()  # Path.expanduser would raise for an unknown ~user
 
 
 def _provider(value: object) -> object:
@@ -62,7 +63,7 @@ class RunSettings(Section):
         description="local root of models, datasets, checkpoints and logs"
     )
     resume: Annotated[Literal["auto", "never"] | int, BeforeValidator(_resume)] = Field(
-        description="auto takes the newest checkpoint that verifies, never starts anew, a number takes that step"
+        description="auto: from the newest checkpoint that verifies; never: start anew; a number: that step"
     )
     accept_changes: list[str] = Field(
         description="settings, by dotted key, that may differ from those of the checkpoint"
@@ -78,8 +79,8 @@ class HostSettings(Section):
 
 class ModelSettings(Section):
     path: Text | None = Field(
-        description="folder of a Llama-family model (config.json, safetensors), or its name under <workdir>/models/; "
-        "null builds a new model of the shape below"
+        description="folder of a Llama-family model (config.json, safetensors), or its name under "
+        "<workdir>/models/; null builds a new model of the shape below"
     )
     tokenizer: Text | None = Field(
         description="folder of a tokenizer; null takes the model's own, or the packaged one for a new model"
@@ -188,8 +189,8 @@ class Settings(Section):
     def identity(self) -> dict[str, Any]:
         """The part of `flat()` that determines the numbers of the training.
 
-        Where the run lives, what it runs on, how often it saves and what it prints are left out. So are the names of
-        model, tokenizer and data set: what they contain is compared by digest, wherever it lies.
+        Where the run lives, what it runs on, how often it saves and what it prints are left out. So are the
+        names of model, tokenizer and data set: what they contain is compared by digest, wherever it lies.
         """
         flat = self.flat()
         built = flat["model.path"] is None

@@ -24,8 +24,8 @@ SECRET_VARIABLES: tuple[str, ...] = tuple(SECRETS)
 def read_secret_files(environ: MutableMapping[str, str]) -> list[Problem]:
     """Put every secret that `VAR_FILE` names into `VAR` and return what is wrong, in order.
 
-    A trailing newline is dropped, nothing else. `VAR` and `VAR_FILE` together are wrong unless they agree, so reading
-    twice is harmless. Values never appear in the messages.
+    A trailing newline is dropped, nothing else. `VAR` and `VAR_FILE` together are wrong unless they agree, so
+    reading twice is harmless. Values never appear in the messages.
     """
     problems: list[Problem] = []
     for name in SECRET_VARIABLES:

@@ -52,7 +52,7 @@ def construct(loader: Yaml, node: yaml.Node, key: str) -> Any:
     null = node.tag == "tag:yaml.org,2002:null"
     if isinstance(node, yaml.ScalarNode) and not null and str in _kinds(key) and int not in _kinds(key):
         return node.value
-    return loader.construct_object(node, deep=True)  # type: ignore[no-untyped-call]
+    return loader.construct_object(node, deep=True)
 
 
 def parse(text: str, key: str) -> Any:
@@ -70,7 +70,7 @@ def parse(text: str, key: str) -> Any:
     except yaml.YAMLError as error:
         raise ValueError("is not valid YAML") from error
     finally:
-        loader.dispose()  # type: ignore[no-untyped-call]
+        loader.dispose()
     if list in kinds and isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
     return value
@@ -123,7 +123,7 @@ def _nearest_setting(key: str) -> str:
 
 
 def _kinds(key: str) -> set[Any]:
-    """The plain types of a setting: a subset of str, int, float, bool, list and NoneType, Path counting as str."""
+    """The plain types of a setting: some of str, int, float, bool, list, NoneType; a Path counts as str."""
     kinds: set[Any] = set()
     for part in _parts(FIELDS[key].annotation):
         if get_origin(part) is Literal:
