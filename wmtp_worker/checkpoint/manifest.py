@@ -1,0 +1,105 @@
+"""`manifest.json`: what a checkpoint is made of. It is written last: no manifest, no checkpoint."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from wmtp_worker.errors import CheckpointError
+from wmtp_worker.storage.atomic import write_text
+from wmtp_worker.storage.layout import MANIFEST
+
+FORMAT_VERSION = 1
+
+
+class NewerFormatError(CheckpointError):
+    """The checkpoint was made by a newer worker: not damaged, so never passed over."""
+
+
+class FileEntry(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    size: int = Field(ge=0, description="bytes")
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class Manifest(BaseModel):
+    """The content of `manifest.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: int = FORMAT_VERSION
+    step: int = Field(ge=0)
+    run: str
+    created: str = Field(description="UTC, ISO 8601")
+    lease_epoch: int = 0
+    settings_digest: str
+    base_model_digest: str | None = None
+    world_size: int = 1
+    tracking_run_id: str | None = None
+    trainable: Literal["all"] = "all"
+    worker_version: str
+    torch_version: str
+    files: dict[str, FileEntry]
+
+    def write(self, folder: Path) -> None:
+        write_text(folder / MANIFEST, self.model_dump_json(indent=1) + "\n")
+
+
+def entries(folder: Path, names: Iterable[str]) -> dict[str, FileEntry]:
+    """Size and SHA-256 of each named file in `folder`."""
+    found = {}
+    for name in names:
+        with (folder / name).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        found[name] = FileEntry(size=(folder / name).stat().st_size, sha256=digest)
+    return found
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises `NewerFormatError`, or `CheckpointError` where the manifest is missing or malformed."""
+    path = folder / MANIFEST
+    try:
+        document = json.loads(path.read_bytes())
+        version = document["format_version"]
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise NewerFormatError(
+                f"checkpoint format {version} is newer than this worker's {FORMAT_VERSION}",
+                where=str(path),
+                fix="use a newer worker, or another run name",
+            )
+        manifest = Manifest.model_validate(document)
+    except FileNotFoundError:
+        raise CheckpointError(f"no {MANIFEST}", where=str(folder)) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise CheckpointError(f"{MANIFEST} is malformed: {key}: {first['msg']}", where=str(folder)) from None
+    except OSError as error:
+        raise CheckpointError(f"{MANIFEST} cannot be read: {error.strerror}", where=str(folder)) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{MANIFEST} is malformed: {error!r}", where=str(folder)) from None
+    for name in manifest.files:
+        if Path(name).name != name or name in (".", ".."):
+            raise CheckpointError(f"{MANIFEST} names a file outside its folder: {name!r}", where=str(folder))
+    return manifest
+
+
+def verify(folder: Path) -> Manifest:
+    """The manifest, after every file's size and SHA-256 were found right. Raises `CheckpointError` at the first not."""
+    manifest = read_manifest(folder)
+    for name, entry in manifest.files.items():
+        try:
+            size = (folder / name).stat().st_size
+            if size != entry.size:
+                raise CheckpointError(f"{name} has {size} bytes instead of {entry.size}", where=str(folder))
+            if entries(folder, [name])[name].sha256 != entry.sha256:
+                raise CheckpointError(f"{name} was changed: its SHA-256 differs", where=str(folder))
+        except FileNotFoundError:
+            raise CheckpointError(f"{name} is missing", where=str(folder)) from None
+        except OSError as error:
+            raise CheckpointError(f"{name} cannot be read: {error.strerror}", where=str(folder)) from None
+    return manifest

@@ -1,0 +1,115 @@
+"""The checkpoints of one run on the local disk: written whole or not at all, pruned, set aside, listed."""
+
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from wmtp_worker.checkpoint.manifest import Manifest, entries
+from wmtp_worker.storage.atomic import (
+    TEMPORARY_PREFIX,
+    disk_errors,
+    fsync_path,
+    publish,
+    temporary,
+    write_json,
+)
+from wmtp_worker.storage.layout import MANIFEST, RunPaths, parse_step
+
+SET_ASIDE_PREFIX = "set-aside-"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything a checkpoint holds: tensors by file and name, JSON documents by file, and facts for the manifest."""
+
+    step: int
+    tensors: Mapping[str, Mapping[str, torch.Tensor]]
+    documents: Mapping[str, Any]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def steps(paths: RunPaths) -> list[int]:
+    """The steps that have a checkpoint folder with a manifest, ascending; whether they verify is another question."""
+    found = paths.checkpoints.glob(f"step_*/{MANIFEST}")
+    return sorted(step for path in found if (step := parse_step(path.parent.name)) is not None)
+
+
+def write(paths: RunPaths, snapshot: Snapshot) -> Path:
+    """Write `step_N` and return its folder.
+
+    Atomic: files, then the manifest, all synced under a hidden name, then one rename. A crash at any point leaves
+    either no `step_N` or the whole one. A folder that already has the name (a damaged one that was passed over) is
+    set aside, never overwritten. Raises `DiskFullError` or `InputError` with what is half written removed.
+    """
+    folder = paths.step(snapshot.step)
+    building = temporary(folder)
+    try:
+        with disk_errors(paths.checkpoints):
+            building.mkdir(parents=True)
+            for name, tensors in snapshot.tensors.items():
+                # a reader on another device needs no more than the values
+                save_file(
+                    {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
+                    building / name,
+                )
+                fsync_path(building / name)
+            for name, document in snapshot.documents.items():
+                write_json(building / name, document)
+            manifest = Manifest(
+                step=snapshot.step,
+                run=paths.run,
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+                files=entries(building, [*snapshot.tensors, *snapshot.documents]),
+                **snapshot.facts,
+            )
+            manifest.write(building)
+            fsync_path(building)
+            if folder.exists():
+                set_aside(paths, [folder])
+            publish(building, folder)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return folder
+
+
+def prune(paths: RunPaths, keep_last: int) -> list[int]:
+    """Remove all but the newest `keep_last` checkpoints; returns the steps removed.
+
+    A folder is renamed before it is emptied, so a crash leaves no half checkpoint under a valid name.
+    """
+    removed = steps(paths)[:-keep_last]
+    for step in removed:
+        doomed = temporary(paths.step(step))
+        paths.step(step).rename(doomed)
+        shutil.rmtree(doomed)
+    return removed
+
+
+def sweep(paths: RunPaths) -> list[str]:
+    """Remove what a killed process left half written; only for the holder of the run's lock. Returns the names."""
+    swept = []
+    for path in [*paths.checkpoints.glob(f"{TEMPORARY_PREFIX}*"), *paths.logs.glob(f"{TEMPORARY_PREFIX}*")]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+        swept.append(path.name)
+    return sorted(swept)
+
+
+def set_aside(paths: RunPaths, items: list[Path]) -> Path:
+    """Move files and folders of the run into `set-aside-<UTC time>/`, where nothing looks for checkpoints."""
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
+    folder = paths.checkpoints / f"{SET_ASIDE_PREFIX}{stamp}-{time.monotonic_ns() % 1_000_000:06d}"
+    folder.mkdir()
+    for item in items:
+        item.rename(folder / item.name)
+    fsync_path(paths.checkpoints)
+    return folder

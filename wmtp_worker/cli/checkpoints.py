@@ -1,0 +1,77 @@
+"""`wmtp checkpoints`: list and verify the checkpoints of a run."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from wmtp_worker.cli.options import Json
+
+app = typer.Typer(no_args_is_help=True, help="List and verify the checkpoints of a run.")
+
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Name of the run.")]
+
+
+@app.command()
+def ls(run: RunArgument, as_json: Json = False) -> None:
+    """List the checkpoints of a run, oldest first, without reading their tensors.
+
+    wmtp checkpoints ls baseline-smoke
+    """
+    from wmtp_worker.checkpoint.listing import list_checkpoints
+
+    _show([item.to_json() for item in list_checkpoints(_paths(run))], as_json)
+
+
+@app.command()
+def verify(run: RunArgument, as_json: Json = False) -> None:
+    """Read every file of every checkpoint and compare it with the manifest's SHA-256.
+
+    Ends with exit code 78 if one is damaged.
+
+    wmtp checkpoints verify baseline-smoke --json
+    """
+    from wmtp_worker.checkpoint.listing import list_checkpoints
+    from wmtp_worker.errors import WRONG
+
+    items = list_checkpoints(_paths(run), verified=True)
+    _show([item.to_json() for item in items], as_json)
+    if any(item.problem for item in items):
+        raise typer.Exit(WRONG)
+
+
+def _paths(run: str) -> Any:
+    from wmtp_worker.errors import InputError
+    from wmtp_worker.settings import load
+    from wmtp_worker.storage.layout import RunPaths
+
+    settings = load(options={"run.name": run})
+    paths = RunPaths(settings.run.workdir, settings.run.name)
+    if not paths.checkpoints.is_dir():
+        names = sorted(
+            path.name for path in Path(settings.run.workdir, "checkpoints").glob("*") if path.is_dir()
+        )
+        raise InputError(
+            f"there is no run {run!r}",
+            where=str(paths.checkpoints.parent),
+            fix=f"choose one of {', '.join(names)}" if names else "train one first, or set WMTP_WORKDIR",
+        )
+    return paths
+
+
+def _show(items: list[dict[str, Any]], as_json: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    if as_json:
+        typer.echo(json.dumps(items, indent=1))
+        return
+    table = Table("checkpoint", "created (UTC)", "size", "status")
+    for item in items:
+        size = f"{item['bytes'] / 1e6:,.1f} MB" if item["bytes"] is not None else "?"
+        style = "red" if item["status"] == "damaged" else "green" if item["status"] == "verified" else ""
+        table.add_row(
+            item["name"], item["created"] or "?", size, item["problem"] or item["status"], style=style
+        )
+    Console().print(table)

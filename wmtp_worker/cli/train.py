@@ -1,0 +1,93 @@
+"""`wmtp train`: a whole run, from wherever its newest checkpoint left it."""
+
+from typing import TYPE_CHECKING
+
+from wmtp_worker.cli.options import Json, Preset, Recipe, Resume, RunName, Set
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from wmtp_worker.training.run import Summary
+
+
+def train(
+    recipe: Recipe = None,
+    preset: Preset = None,
+    run_name: RunName = None,
+    resume: Resume = None,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Train a run to its end; the same command again goes on after an interruption.
+
+    wmtp train --preset smoke
+
+    wmtp train --recipe baseline --run-name first --set training.lr=5e-4
+
+    wmtp train --run-name first --resume 150
+
+    Ctrl-C and SIGTERM save and end with exit code 75: start the same command again. A second one ends at once.
+    """
+    import json
+    import sys
+
+    from rich.console import Console
+
+    from wmtp_worker.host.stop import STOP
+    from wmtp_worker.settings import load
+
+    options = {"run.name": run_name, "run.resume": resume}
+    settings = load(recipe=recipe, preset=preset, overrides=set_ or (), options=options)
+    STOP.check()
+    console = Console(stderr=True)
+    with console.status("loading torch"):
+        from wmtp_worker.training.run import run
+    summary = run(settings, STOP, console)
+    if as_json:
+        json.dump(_as_json(summary), sys.stdout)
+        sys.stdout.write("\n")
+    else:
+        _print(summary, Console())
+
+
+def _as_json(summary: "Summary") -> dict[str, object]:
+    return {
+        "run": summary.run,
+        "step": summary.step,
+        "steps_taken": summary.steps_taken,
+        "resumed_from": summary.resumed_from,
+        "tokens": summary.tokens,
+        "seconds": round(summary.seconds, 3),
+        "stopped_early": summary.stopped_early,
+        "validation": summary.validation,
+        "best": {"step": summary.best_step, "loss": summary.best_loss},
+        "files": {name: str(path) for name, path in summary.files.items()},
+    }
+
+
+def _print(summary: "Summary", console: "Console") -> None:
+    from rich.table import Table
+
+    if summary.steps_taken:
+        since = (
+            "from the start" if summary.resumed_from is None else f"resumed from step {summary.resumed_from}"
+        )
+        did = f"took {summary.steps_taken} steps in {summary.seconds:.1f} s, {since}"
+    else:
+        did = "was finished already; --resume never starts it anew, --run-name NAME starts another"
+    result = summary.validation
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row(
+        "run", f"{summary.run}: step {summary.step}{' (stopped early)' if summary.stopped_early else ''}"
+    )
+    table.add_row("this time", did)
+    table.add_row("validation", f"loss {result['loss']:.4f}, perplexity {result['perplexity']:.2f}")
+    table.add_row(
+        "accuracy", ", ".join(f"head {i} {a:.1%}" for i, a in enumerate(result["head_accuracy"], start=1))
+    )
+    table.add_row("best", f"loss {summary.best_loss:.4f} at step {summary.best_step}")
+    console.print(table)
+    console.print("look at", highlight=False)
+    for name, path in summary.files.items():
+        # never wrapped: paths are there to be copied
+        console.print(f"  {name:12} {path}", soft_wrap=True, highlight=False, markup=False)

@@ -1,0 +1,84 @@
+"""The n-head multi-token prediction policy on a Llama trunk.
+
+Shape of Gloeckle et al., "Better & Faster Large Language Models via Multi-token Prediction" (2024), as in Meta's
+`7b_1t_4`: the trunk is every layer but the last; head 1 is the last layer; heads 2…n are further layers of the same
+kind. All read the trunk's output, and all share one final norm and one unembedding::
+
+    embed ─ layer 1 … layer L-1 ─┬─ layer L ───────┐
+             (the trunk)         ├─ extra_heads[0] ├─ norm ─ lm_head ─ logits of the token k ahead
+                                 └─ …              ┘
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+
+@dataclass(frozen=True)
+class TrunkOutput:
+    """What every head reads. `hidden`: [batch, time, hidden_size]; the rest is what attention needs."""
+
+    hidden: torch.Tensor
+    position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    attention_mask: torch.Tensor
+
+    def detached(self) -> "TrunkOutput":
+        """The same values as a leaf that collects the heads' gradients."""
+        return replace(self, hidden=self.hidden.detach().requires_grad_())
+
+
+class MTPForCausalLM(LlamaForCausalLM):  # type: ignore[misc]  # transformers is untyped
+    """A Llama with `config.n_future_tokens - 1` further heads.
+
+    Parameter names are Hugging Face's own plus `extra_heads.<i>.…`, so a Llama folder loads as it is, and what is
+    saved opens as a plain Llama (head 1) too. `forward` and `generate` are Llama's and use head 1.
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        first = config.num_hidden_layers
+        self.extra_heads = nn.ModuleList(
+            LlamaDecoderLayer(config, first + number) for number in range(config.n_future_tokens - 1)
+        )
+        self.post_init()
+
+    @property
+    def heads(self) -> int:
+        """How many tokens ahead are predicted (n)."""
+        return 1 + len(self.extra_heads)
+
+    def trunk(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> TrunkOutput:
+        """Run the trunk once.
+
+        `input_ids`, `position_ids`: int64 [batch, time]. `attention_mask`: bool [batch, 1, time, time], True where
+        the query (row) may look at the key (column).
+        """
+        hidden = self.model.embed_tokens(input_ids)
+        position_embeddings = self.model.rotary_emb(hidden, position_ids=position_ids)
+        for layer in self.model.layers[:-1]:
+            hidden = layer(hidden, attention_mask=attention_mask, position_embeddings=position_embeddings)
+        return TrunkOutput(hidden, position_embeddings, attention_mask)
+
+    def head_logits(self, number: int, trunk: TrunkOutput) -> torch.Tensor:
+        """Logits [batch, time, vocabulary] of head `number` (1…n): at position t they predict token t + number."""
+        layer = self.model.layers[-1] if number == 1 else self.extra_heads[number - 2]
+        hidden = layer(
+            trunk.hidden, attention_mask=trunk.attention_mask, position_embeddings=trunk.position_embeddings
+        )
+        logits: torch.Tensor = self.lm_head(self.model.norm(hidden))
+        return logits
+
+
+def packed_attention_mask(segment_ids: torch.Tensor) -> torch.Tensor:
+    """Causal attention inside each segment only.
+
+    `segment_ids`: int64 [batch, time]. Returns bool [batch, 1, time, time]. Padding is a segment of its own, so no
+    row of the mask is empty (an empty row would make the softmax NaN).
+    """
+    same_segment = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+    return same_segment.tril()

@@ -1,0 +1,1 @@
+"""Where things lie: the layout shared by the work directory and the bucket, and atomic local writes."""

@@ -1,0 +1,88 @@
+"""Logging to the console and to `training.log`, and a progress bar where somebody is watching."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from wmtp_worker.redact import RedactingFilter
+from wmtp_worker.storage.atomic import disk_errors
+
+LOGGER = "wmtp_worker"
+_FORMAT = "%(asctime)s %(levelname)-7s %(message)s"
+_LOG_BYTES = 10_000_000
+
+
+@contextmanager
+def logging_to(path: Path, level: str, console: Console) -> Iterator[None]:
+    """While it lasts, everything this package logs goes to `console` and, in plain lines, to `path` (rotated)."""
+    with disk_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=3, encoding="utf-8")
+    screen: logging.Handler
+    if console.is_terminal:
+        screen = RichHandler(console=console, show_path=False, omit_repeated_times=False)
+    else:
+        screen = logging.StreamHandler(console.file)
+        screen.setFormatter(logging.Formatter(_FORMAT))
+    file.setFormatter(logging.Formatter(_FORMAT))
+    logger = logging.getLogger(LOGGER)
+    before = logger.level, logger.propagate
+    logger.setLevel(level.upper())
+    logger.propagate = False
+    redact = RedactingFilter()
+    for handler in (file, screen):
+        handler.addFilter(redact)
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in (file, screen):
+            logger.removeHandler(handler)
+            handler.close()
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
+
+
+class StepBar:
+    """A live bar over the optimizer steps on a terminal; nothing in a pipe, where the log lines say it all."""
+
+    def __init__(self, console: Console, total: int, completed: int) -> None:
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("training", total=total, completed=completed, note="")
+
+    def update(self, completed: int, note: str) -> None:
+        self._progress.update(self._task, completed=completed, note=note)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()

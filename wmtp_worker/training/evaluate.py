@@ -1,0 +1,55 @@
+"""Validation of weights that were saved, without training them."""
+
+from typing import Any
+
+from transformers import LlamaConfig
+
+from wmtp_worker.assets.resolve import dataset_folder, tokenizer_folder
+from wmtp_worker.checkpoint.export import load_weights
+from wmtp_worker.checkpoint.restore import find
+from wmtp_worker.data.tokenizer import load_tokenizer
+from wmtp_worker.errors import SettingsError
+from wmtp_worker.host.device import make_deterministic, resolve_device, set_threads
+from wmtp_worker.host.stop import StopRequest
+from wmtp_worker.model.loading import load_tensors
+from wmtp_worker.model.mtp import MTPForCausalLM
+from wmtp_worker.settings import Settings
+from wmtp_worker.storage.layout import RunPaths
+from wmtp_worker.training.session import CONFIG, MODEL
+from wmtp_worker.training.setup import check_fit, load_split
+from wmtp_worker.training.validation import validate
+
+
+def evaluate_run(settings: Settings, weights: str, stop: StopRequest) -> dict[str, Any]:
+    """Numbers of `Validation` plus `run`, `weights` and `step`.
+
+    `weights`: `final`, `best`, or a checkpoint's step. Raises `CheckpointError`, `InputError`, `SettingsError`.
+    """
+    paths = RunPaths(settings.run.workdir, settings.run.name)
+    set_threads(settings.host.threads)
+    device = resolve_device(settings.host.device)
+    make_deterministic(device)
+    step, config, tensors, where = _read(paths, weights)
+    model = MTPForCausalLM(LlamaConfig.from_dict(config))
+    load_tensors(model, tensors, where)
+    tokenizer = load_tokenizer(tokenizer_folder(settings))
+    check_fit(settings, model, tokenizer)
+    data = load_split(settings, dataset_folder(settings), "validation", tokenizer)
+    rows = settings.training.micro_batch_size
+    batches = data.epoch(rows, settings.evaluation.max_batches)
+    result = validate(model.to(device), batches, device, settings.training.precision, stop.check)
+    return {"run": paths.run, "weights": weights, "step": step, **result.to_json()}
+
+
+def _read(paths: RunPaths, weights: str) -> tuple[int, dict[str, Any], dict[str, Any], str]:
+    if weights in ("final", "best"):
+        path = paths.final if weights == "final" else paths.best
+        content = load_weights(path)
+        return content["step"], content["config"], content["model"], str(path)
+    if not weights.isdecimal():
+        raise SettingsError(
+            f"{weights!r} names no weights", where="--weights", fix="use final, best or a step"
+        )
+    checkpoint = find(paths, int(weights))
+    assert checkpoint is not None  # a wanted step is there or an error
+    return int(weights), checkpoint.document(CONFIG), checkpoint.tensors(MODEL), str(checkpoint.folder)

@@ -1,0 +1,69 @@
+"""The weighted multi-token prediction loss, one head at a time.
+
+    L = 1/n · Σ_k 1/N_k · Σ_t w[t,k] · CE(logits_k[t], token[t+k])          k = 1…n
+
+with N_k the number of labelled positions of head k in the whole optimizer step: the weighted form of eq. 2 in
+Gloeckle et al. (2024), averaged over heads so that it reads as nats per token. The trunk runs once; each head runs
+forward and backward and is freed before the next (their section "Memory-efficient implementation"), so only one
+head's logits exist at a time; then the trunk runs backward once with the sum of the heads' gradients.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from wmtp_worker.data.packing import IGNORE, Batch
+from wmtp_worker.model.mtp import MTPForCausalLM, packed_attention_mask
+
+
+def mtp_labels(labels: torch.Tensor, segment_ids: torch.Tensor, heads: int) -> torch.Tensor:
+    """What each head should predict: `out[b, t, k-1] = labels[b, t+k]`, within the segment of position t.
+
+    `labels`, `segment_ids`: int64 [batch, time]. Returns int64 [batch, time, heads], -100 where there is no label:
+    past the end of the segment or of the row, in prompts and in padding.
+    """
+    targets = torch.full((*labels.shape, heads), IGNORE, dtype=labels.dtype, device=labels.device)
+    for ahead in range(1, heads + 1):
+        same = segment_ids[:, :-ahead] == segment_ids[:, ahead:]
+        targets[:, :-ahead, ahead - 1] = labels[:, ahead:].where(same, IGNORE)
+    return targets
+
+
+def head_losses_backward(
+    model: MTPForCausalLM,
+    batch: Batch,
+    targets: torch.Tensor,
+    weights: torch.Tensor,
+    counts: torch.Tensor,
+    precision: str,
+) -> torch.Tensor:
+    """Add the gradient of L on this micro-batch to the parameters' `.grad`.
+
+    `targets`: int64 [batch, time, heads]; `weights`: float32, same shape; `counts`: N_k over the whole optimizer
+    step, float32 [heads]. Returns this micro-batch's share of each head's weighted loss, float32 [heads], detached:
+    summed over the micro-batches they are the heads' losses, and their mean is L.
+    """
+    heads = model.heads
+    losses = torch.zeros(heads, device=targets.device)
+    with autocast(targets.device, precision):
+        trunk = model.trunk(batch.input_ids, batch.position_ids, packed_attention_mask(batch.segment_ids))
+        leaf = trunk.detached()
+        for number in range(1, heads + 1):
+            token_losses = _token_losses(model.head_logits(number, leaf), targets[..., number - 1])
+            loss = (token_losses * weights[..., number - 1]).sum() / counts[number - 1]
+            (loss / heads).backward()
+            losses[number - 1] = loss.detach()
+    trunk.hidden.backward(leaf.hidden.grad)
+    return losses
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """bf16 autocast where `precision` asks for it, else nothing. Weights and gradients stay fp32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def _token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy in fp32, [batch, time]; 0 where the target is -100."""
+    losses = F.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="none"
+    )
+    return losses.view(targets.shape)

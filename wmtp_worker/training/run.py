@@ -1,0 +1,119 @@
+"""A whole run: stage 0 set-up, stage 2 training, stage 3 evaluation and export."""
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from wmtp_worker.checkpoint.lock import run_lock
+from wmtp_worker.checkpoint.store import sweep
+from wmtp_worker.errors import Interrupted
+from wmtp_worker.host.stop import StopRequest
+from wmtp_worker.settings import Settings
+from wmtp_worker.storage.layout import RunPaths
+from wmtp_worker.tracking.console import logging_to
+from wmtp_worker.tracking.heartbeat import Heartbeat
+from wmtp_worker.tracking.metrics import MetricsLog
+from wmtp_worker.tracking.report import draw
+from wmtp_worker.training.loop import train
+from wmtp_worker.training.session import Session
+from wmtp_worker.training.setup import set_up
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a finished run says about itself."""
+
+    run: str
+    step: int
+    steps_taken: int  # by this process
+    resumed_from: int | None
+    tokens: int
+    seconds: float
+    stopped_early: bool
+    validation: dict[str, Any]
+    best_step: int
+    best_loss: float
+    paths: RunPaths
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """Where to look, by what is there."""
+        paths = self.paths
+        named = {
+            "picture": paths.report,
+            "metrics": paths.metrics,
+            "log": paths.training_log,
+            "final model": paths.final,
+            "best model": paths.best,
+            "checkpoints": paths.checkpoints,
+        }
+        return {name: path for name, path in named.items() if path.exists()}
+
+
+def run(settings: Settings, stop: StopRequest, console: Console) -> Summary:
+    """Train a run to its end, from wherever its newest checkpoint left it.
+
+    Raises `RunHeldError`, `Interrupted` (everything is saved), `TrainingDiverged`, `DiskFullError`, `InputError`,
+    `CheckpointError`; each leaves the checkpoints that were there whole.
+    """
+    started = time.perf_counter()
+    paths = RunPaths(settings.run.workdir, settings.run.name)
+    with run_lock(paths.lock), logging_to(paths.training_log, settings.logging.level, console):
+        try:
+            for name in sweep(paths):
+                log.info("removed %s, left half written by a process that was killed", name)
+            heartbeat = Heartbeat(paths.heartbeat, paths.run)
+            session = set_up(settings, paths, stop, heartbeat)
+            with MetricsLog(paths.metrics, session.progress.metrics_size) as metrics:
+                session.metrics = metrics
+                first = session.progress.step
+                _train_or_save(session, console)
+                stop.check()
+                heartbeat.beat("export", step=session.progress.step)
+                if session.progress.step > first or not paths.final.exists():
+                    session.export(best=False)
+                    draw(paths.metrics, paths.report, paths.run)
+                heartbeat.beat("done", step=session.progress.step)
+            return _summary(session, first, time.perf_counter() - started)
+        except Exception as error:
+            # the console shows it too, by the command line; the file is what is left after the machine is gone
+            log.debug("ended by %s", error, exc_info=True)
+            raise
+
+
+def _train_or_save(session: Session, console: Console) -> None:
+    try:
+        train(session, console)
+    except Interrupted as interruption:
+        progress, paths = session.progress, session.paths
+        if progress.saved_at < progress.step:
+            session.save()
+        place = str(paths.step(progress.step)) if progress.step else "nothing yet, no step was finished"
+        log.info("%s; saved: %s", interruption.what, place)
+        raise Interrupted(f"{interruption.what}; saved: {place}", fix=interruption.fix) from None
+
+
+def _summary(session: Session, first: int, seconds: float) -> Summary:
+    progress = session.progress
+    assert (
+        progress.validation is not None and progress.best_loss is not None
+    )  # train() ends with a validation
+    return Summary(
+        run=session.paths.run,
+        step=progress.step,
+        steps_taken=progress.step - first,
+        resumed_from=session.resumed_from,
+        tokens=progress.tokens,
+        seconds=seconds,
+        stopped_early=progress.stopped_early,
+        validation=progress.validation,
+        best_step=progress.best_step,
+        best_loss=progress.best_loss,
+        paths=session.paths,
+    )

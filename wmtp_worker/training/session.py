@@ -1,0 +1,198 @@
+"""What a run is made of while it trains, and how that becomes a checkpoint and comes back."""
+
+import hashlib
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+import wmtp_worker
+from wmtp_worker.checkpoint import store
+from wmtp_worker.checkpoint.export import save_weights
+from wmtp_worker.checkpoint.optimizer import load_optimizer, optimizer_tensors
+from wmtp_worker.checkpoint.restore import Checkpoint
+from wmtp_worker.checkpoint.store import Snapshot
+from wmtp_worker.data.packing import Batch, collate
+from wmtp_worker.data.sampler import PackedSampler, Position
+from wmtp_worker.data.tokenizer import Sample
+from wmtp_worker.errors import InputError
+from wmtp_worker.host.stop import StopRequest
+from wmtp_worker.model.loading import load_tensors, tensors
+from wmtp_worker.model.mtp import MTPForCausalLM
+from wmtp_worker.redact import redact
+from wmtp_worker.settings import Settings
+from wmtp_worker.storage.layout import RunPaths
+from wmtp_worker.tracking.heartbeat import Heartbeat
+from wmtp_worker.tracking.metrics import MetricsLog
+
+log = logging.getLogger(__name__)
+
+MODEL = "model.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
+SETTINGS = "settings.json"
+CONFIG = "config.json"
+
+
+@dataclass
+class Progress:
+    """Everything that changes as training goes, apart from weights and optimizer: one small JSON document.
+
+    No random state is in it: whatever is random is drawn anew from (seed, epoch) or (seed, step).
+    """
+
+    step: int = 0
+    position: Position = field(default_factory=Position)
+    tokens: int = 0  # trained on, padding left out
+    validated_at: int = 0  # the step of the last validation
+    saved_at: int = 0
+    validation: dict[str, Any] | None = None
+    best_loss: float | None = None
+    best_step: int = 0
+    without_improvement: int = 0  # validations in a row
+    stopped_early: bool = False
+    metrics_size: int = 0  # bytes of metrics.jsonl that this state stands for
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> "Progress":
+        return cls(**{**document, "position": Position(**document["position"])})
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Tokenized samples and how they are cut into batches."""
+
+    samples: list[Sample]
+    sampler: PackedSampler
+    sequence_length: int
+    pad_id: int
+
+    def batch(self, rows: list[list[int]]) -> Batch:
+        return collate([[self.samples[i] for i in row] for row in rows], self.sequence_length, self.pad_id)
+
+    def epoch(self, rows_per_batch: int, max_batches: int = 0) -> Iterator[Batch]:
+        """One pass in the order of epoch 0: the same batches every time, as validation wants them."""
+        rows = self.sampler.rows(0)
+        starts = range(0, len(rows), rows_per_batch)
+        for start in starts[: max_batches or None]:
+            yield self.batch(rows[start : start + rows_per_batch])
+
+
+@dataclass
+class Session:
+    """One run, assembled by `setup.set_up` and driven by `loop.train`."""
+
+    settings: Settings
+    paths: RunPaths
+    device: torch.device
+    model: MTPForCausalLM
+    optimizer: torch.optim.Optimizer
+    train_data: Dataset
+    validation_data: Dataset
+    identity: dict[str, Any]
+    base_model_digest: str | None
+    threads: int
+    stop: StopRequest
+    heartbeat: Heartbeat
+    progress: Progress = field(default_factory=Progress)
+    resumed_from: int | None = None
+    metrics: MetricsLog = field(init=False)
+
+    @property
+    def parameter_names(self) -> dict[torch.Tensor, str]:
+        return {parameter: name for name, parameter in self.model.named_parameters()}
+
+    @property
+    def finished(self) -> bool:
+        return self.progress.stopped_early or self.progress.step >= self.settings.training.max_steps
+
+    def save(self) -> None:
+        """Write `step_N`, then drop checkpoints beyond `checkpoint.keep_last`. Raises `DiskFullError`."""
+        started = time.perf_counter()
+        self.heartbeat.beat("save", step=self.progress.step)
+        self.progress.metrics_size = self.metrics.sync()
+        self.progress.saved_at = self.progress.step
+        folder = store.write(self.paths, self._snapshot())
+        removed = store.prune(self.paths, self.settings.checkpoint.keep_last)
+        seconds = time.perf_counter() - started
+        pruned = f", removed {', '.join(f'step_{step}' for step in removed)}" if removed else ""
+        log.info("saved %s in %.2f s%s", folder.name, seconds, pruned)
+
+    def _snapshot(self) -> Snapshot:
+        shown = {
+            key: redact(value) if isinstance(value, str) else value
+            for key, value in self.settings.flat().items()
+        }
+        return Snapshot(
+            step=self.progress.step,
+            tensors={
+                MODEL: tensors(self.model),
+                OPTIMIZER: optimizer_tensors(self.optimizer, self.parameter_names),
+            },
+            documents={
+                STATE: {
+                    "progress": asdict(self.progress),
+                    "threads": self.threads,
+                    "device": self.device.type,
+                },
+                SETTINGS: {"identity": self.identity, "resolved": shown},
+                CONFIG: self.model.config.to_dict(),
+            },
+            facts={
+                "settings_digest": self.settings.digest(),
+                "base_model_digest": self.base_model_digest,
+                "worker_version": wmtp_worker.__version__,
+                "torch_version": torch.__version__,
+            },
+        )
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Become what the checkpoint was, to the last bit. Raises `InputError` naming the setting that differs."""
+        self._check_settings(checkpoint)
+        state = checkpoint.document(STATE)
+        load_tensors(self.model, checkpoint.tensors(MODEL), str(checkpoint.folder))
+        load_optimizer(self.optimizer, self.parameter_names, checkpoint.tensors(OPTIMIZER))
+        self.progress = Progress.from_json(state["progress"])
+        self.resumed_from = self.progress.step
+        for what, before, now in (
+            ("threads", state["threads"], self.threads),
+            ("device", state["device"], self.device.type),
+            ("torch", checkpoint.manifest.torch_version, torch.__version__),
+        ):
+            if before != now:
+                log.warning("%s was %s, is %s: the numbers may differ in their last bits", what, before, now)
+
+    def _check_settings(self, checkpoint: Checkpoint) -> None:
+        saved = checkpoint.document(SETTINGS)["identity"]
+        accepted = set(self.settings.run.accept_changes)
+        differing = [
+            f"{key}: {saved.get(key)!r} in the checkpoint, {self.identity.get(key)!r} now"
+            for key in sorted(saved.keys() | self.identity.keys())
+            if saved.get(key) != self.identity.get(key) and key not in accepted
+        ]
+        if differing:
+            raise InputError(
+                "the checkpoint was made with other settings: " + "; ".join(differing),
+                where=str(checkpoint.folder),
+                fix="set them back, choose another --run-name, start anew with --resume never, "
+                "or list the keys in run.accept_changes",
+            )
+
+    def export(self, best: bool) -> None:
+        """Write `best_model.pt` or `final.pt`, whole or not at all."""
+        facts = {
+            "format_version": 1,
+            "run": self.paths.run,
+            "step": self.progress.step,
+            "validation": self.progress.validation,
+            "config": self.model.config.to_dict(),
+        }
+        save_weights(self.paths.best if best else self.paths.final, tensors(self.model), facts)
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Seed torch on every device from (seed, step), so that dropout and its like are the same after a resume."""
+    torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{step}".encode()).digest()[:8], "big"))

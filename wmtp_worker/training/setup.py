@@ -1,0 +1,185 @@
+"""Stage 0: from settings to a session that is ready to train."""
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from wmtp_worker.assets.resolve import dataset_digest, dataset_folder, model_folder, tokenizer_folder
+from wmtp_worker.checkpoint import store
+from wmtp_worker.checkpoint.restore import find
+from wmtp_worker.data.mbpp import Split, read_split
+from wmtp_worker.data.sampler import PackedSampler
+from wmtp_worker.data.tokenizer import digest as tokenizer_digest
+from wmtp_worker.data.tokenizer import encode, load_tokenizer
+from wmtp_worker.errors import DiskFullError, InputError
+from wmtp_worker.host.device import make_deterministic, resolve_device, set_threads
+from wmtp_worker.host.limits import disk_free
+from wmtp_worker.host.stop import StopRequest
+from wmtp_worker.model.loading import base_digest, build, load
+from wmtp_worker.model.mtp import MTPForCausalLM
+from wmtp_worker.settings import Settings
+from wmtp_worker.storage.layout import RunPaths
+from wmtp_worker.tracking.heartbeat import Heartbeat
+from wmtp_worker.training.session import Dataset, Session
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+log = logging.getLogger(__name__)
+
+# weights and AdamW's two moments, all fp32
+_BYTES_PER_PARAMETER = 12
+
+
+def set_up(settings: Settings, paths: RunPaths, stop: StopRequest, heartbeat: Heartbeat) -> Session:
+    """Load everything and restore the newest checkpoint. Polls `stop` between the parts."""
+    threads = set_threads(settings.host.threads)
+    device = resolve_device(settings.host.device)
+    make_deterministic(device)
+
+    def part(name: str) -> None:
+        stop.check()
+        heartbeat.beat(name)
+
+    part("data")
+    folder, tokens = dataset_folder(settings), tokenizer_folder(settings)
+    tokenizer = load_tokenizer(tokens)
+    train_data = load_split(settings, folder, "train", tokenizer)
+    validation_data = load_split(settings, folder, "validation", tokenizer)
+    part("model")
+    base = model_folder(settings)
+    model = load(base, settings.model.heads) if base else build(settings, tokenizer)
+    check_fit(settings, model, tokenizer)
+    base_model_digest = base_digest(base) if base else None
+    model.to(device).train()
+    session = Session(
+        settings=settings,
+        paths=paths,
+        device=device,
+        model=model,
+        optimizer=_optimizer(settings, model),
+        train_data=train_data,
+        validation_data=validation_data,
+        identity={
+            **settings.identity(),
+            "data (sha256)": dataset_digest(folder),
+            "tokenizer (sha256)": tokenizer_digest(tokens),
+            "base model (sha256)": base_model_digest,
+        },
+        base_model_digest=base_model_digest,
+        threads=threads,
+        stop=stop,
+        heartbeat=heartbeat,
+    )
+    part("restore")
+    _restore(session)
+    _check_disk(session)
+    _log_facts(session)
+    return session
+
+
+def load_split(
+    settings: Settings, folder: Path, split: Split, tokenizer: "PreTrainedTokenizerFast"
+) -> Dataset:
+    limit = settings.data.sequence_length
+    samples = [encode(tokenizer, problem) for problem in read_split(folder, split)]
+    fitting = [sample for sample in samples if len(sample.ids) <= limit]
+    if not fitting:
+        raise InputError(
+            f"every {split} sample is longer than data.sequence_length={limit} tokens",
+            where=str(folder),
+            fix=f"set data.sequence_length to {min(len(sample.ids) for sample in samples)} or more",
+        )
+    if left_out := len(samples) - len(fitting):
+        log.warning(
+            "%d of %d %s samples are longer than %d tokens: left out", left_out, len(samples), split, limit
+        )
+    lengths = [len(sample.ids) for sample in fitting]
+    sampler = PackedSampler(lengths, limit, settings.run.seed, settings.data.packing)
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return Dataset(fitting, sampler, limit, pad_id)
+
+
+def check_fit(settings: Settings, model: MTPForCausalLM, tokenizer: "PreTrainedTokenizerFast") -> None:
+    longest = model.config.max_position_embeddings
+    if settings.data.sequence_length > longest:
+        raise InputError(
+            f"data.sequence_length={settings.data.sequence_length} is longer than the model's {longest} positions",
+            where=settings.sources.get("data.sequence_length", "settings"),
+            fix=f"set data.sequence_length to {longest} or less",
+        )
+    if len(tokenizer) > model.config.vocab_size:
+        raise InputError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {model.config.vocab_size}",
+            where="model.tokenizer",
+            fix="use the tokenizer that belongs to the model",
+        )
+
+
+def _optimizer(settings: Settings, model: MTPForCausalLM) -> torch.optim.AdamW:
+    """AdamW; matrices decay, norms do not."""
+    training = settings.training
+
+    def having(matrix: bool) -> Iterable[torch.nn.Parameter]:
+        return [parameter for parameter in model.parameters() if (parameter.ndim >= 2) == matrix]
+
+    groups: list[dict[str, Any]] = [
+        {"params": having(True), "weight_decay": training.weight_decay},
+        {"params": having(False), "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=training.lr, betas=(training.beta1, training.beta2), eps=training.eps, fused=True
+    )
+
+
+def _restore(session: Session) -> None:
+    """Go on from the checkpoint that `run.resume` asks for; whatever that makes obsolete is set aside, not deleted."""
+    paths, resume, progress = session.paths, session.settings.run.resume, session.progress
+    checkpoint = find(paths, resume)
+    if checkpoint is not None:
+        session.restore(checkpoint)
+        progress = session.progress
+        log.info("resuming from %s", checkpoint.folder)
+        if resume == "auto":
+            return  # newer ones did not verify: they stay in place until their step is reached again
+    obsolete = [paths.step(step) for step in store.steps(paths) if step > progress.step]
+    if checkpoint is None and resume == "auto" and obsolete:
+        log.warning("no checkpoint of run %r verifies: starting from step 0", paths.run)
+    if obsolete or resume == "never":
+        obsolete += [path for path in (paths.best, paths.final) if path.exists()]
+    if obsolete and checkpoint is None:
+        obsolete += [path for path in (paths.metrics, paths.report) if path.exists()]
+    if obsolete:
+        progress.best_loss = None  # the best model is set aside too
+        log.info(
+            "set aside %d items of the earlier run in %s", len(obsolete), store.set_aside(paths, obsolete)
+        )
+
+
+def _check_disk(session: Session) -> None:
+    parameters = sum(parameter.numel() for parameter in session.model.parameters())
+    needed = parameters * _BYTES_PER_PARAMETER
+    free = disk_free(session.paths.checkpoints)
+    if free < needed and not session.finished:
+        raise DiskFullError(
+            f"a checkpoint needs {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free",
+            where=str(session.paths.checkpoints),
+            fix="free some space, or set WMTP_WORKDIR to a larger disk",
+        )
+
+
+def _log_facts(session: Session) -> None:
+    parameters = sum(parameter.numel() for parameter in session.model.parameters())
+    log.info(
+        "run %s: %.1f M parameters, %d heads, %d training and %d validation samples, %s, %d threads",
+        session.paths.run,
+        parameters / 1e6,
+        session.model.heads,
+        len(session.train_data.samples),
+        len(session.validation_data.samples),
+        session.device,
+        session.threads,
+    )

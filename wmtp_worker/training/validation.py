@@ -1,0 +1,72 @@
+"""Stage 3's numbers: validation loss, perplexity, per-head accuracy."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from wmtp_worker.data.packing import IGNORE, Batch
+from wmtp_worker.model.mtp import MTPForCausalLM, packed_attention_mask
+from wmtp_worker.training.loss import autocast, mtp_labels
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Means over every labelled token of the validation set, in nats.
+
+    `loss`: mean over the heads. `perplexity`: exp of head 1's loss, the ordinary next-token perplexity.
+    `head_accuracy`: share of tokens whose most likely prediction is right, per head.
+    """
+
+    loss: float
+    perplexity: float
+    head_loss: list[float]
+    head_accuracy: list[float]
+    tokens: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def validate(
+    model: MTPForCausalLM,
+    batches: Iterable[Batch],
+    device: torch.device,
+    precision: str,
+    between: Callable[[], None],
+) -> Validation:
+    """Run every batch through every head; `between` is called before each batch and may raise to stop."""
+    heads = model.heads
+    # double on the host: MPS has no float64
+    loss_sums, correct, counts = ([0.0] * heads for _ in range(3))
+    model.eval()
+    try:
+        for batch in batches:
+            between()
+            batch = batch.to(device)
+            targets = mtp_labels(batch.labels, batch.segment_ids, heads)
+            with autocast(device, precision):
+                trunk = model.trunk(
+                    batch.input_ids, batch.position_ids, packed_attention_mask(batch.segment_ids)
+                )
+                for head in range(heads):
+                    labelled = targets[..., head] != IGNORE
+                    logits = model.head_logits(head + 1, trunk)[labelled].float()
+                    labels = targets[..., head][labelled]
+                    loss_sums[head] += float(F.cross_entropy(logits, labels, reduction="sum"))
+                    correct[head] += float((logits.argmax(-1) == labels).sum())
+                    counts[head] += labels.numel()
+    finally:
+        model.train()
+    head_loss = [total / max(count, 1) for total, count in zip(loss_sums, counts, strict=True)]
+    return Validation(
+        loss=sum(head_loss) / heads,
+        perplexity=math.exp(min(head_loss[0], 700.0)),
+        head_loss=head_loss,
+        head_accuracy=[right / max(count, 1) for right, count in zip(correct, counts, strict=True)],
+        tokens=int(counts[0]),
+    )
