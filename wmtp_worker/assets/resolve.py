@@ -18,9 +18,7 @@ def dataset_folder(settings: Settings) -> Path:
     wanted = settings.data.dataset
     if wanted == SAMPLE_DATASET:
         return Path(str(files("wmtp_worker") / "data" / "sample"))
-    return _existing(
-        wanted, dataset_dir(settings.run.workdir, wanted), "data.dataset", f"{SAMPLE_DATASET}, a name"
-    )
+    return _existing(wanted, dataset_dir(settings.run.workdir, wanted), "data.dataset", f"{SAMPLE_DATASET}, a name")
 
 
 def model_folder(settings: Settings) -> Path | None:

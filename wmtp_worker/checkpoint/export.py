@@ -29,8 +29,6 @@ def load_weights(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"no {path.name}", where=str(path.parent), fix="train the run first") from None
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError and others
-        raise CheckpointError(
-            f"{path.name} does not load: {error}", where=str(path), fix="use another one"
-        ) from None
+        raise CheckpointError(f"{path.name} does not load: {error}", where=str(path), fix="use another one") from None
     loaded: dict[str, Any] = content
     return loaded

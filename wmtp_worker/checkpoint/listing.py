@@ -25,9 +25,7 @@ class Item:
 
 def list_checkpoints(paths: RunPaths, verified: bool = False) -> list[Item]:
     """The run's checkpoint folders by step, oldest first; with `verified` every byte of them is read."""
-    folders = {
-        step: path for path in paths.checkpoints.glob("step_*") if (step := parse_step(path.name)) is not None
-    }
+    folders = {step: path for path in paths.checkpoints.glob("step_*") if (step := parse_step(path.name)) is not None}
     items = []
     for step, folder in sorted(folders.items()):
         try:

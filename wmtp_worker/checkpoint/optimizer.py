@@ -5,9 +5,7 @@ from collections.abc import Mapping
 import torch
 
 
-def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, names: Mapping[torch.Tensor, str]
-) -> dict[str, torch.Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[torch.Tensor, str]) -> dict[str, torch.Tensor]:
     """The state as `<state key>/<parameter name>` -> tensor; empty before the first step. Not copies."""
     return {
         f"{key}/{names[parameter]}": value

@@ -71,6 +71,4 @@ def _exactly(paths: RunPaths, step: int) -> Checkpoint:
     except NewerFormatError:
         raise
     except CheckpointError as error:
-        raise CheckpointError(
-            error.what, where=error.where, fix="use --resume auto to go on from another"
-        ) from None
+        raise CheckpointError(error.what, where=error.where, fix="use --resume auto to go on from another") from None

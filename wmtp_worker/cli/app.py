@@ -5,8 +5,11 @@ from typing import Annotated
 import typer
 
 from wmtp_worker import __version__
+from wmtp_worker.cli.checkpoints import app as checkpoints_app
 from wmtp_worker.cli.doctor import doctor
+from wmtp_worker.cli.evaluate import evaluate
 from wmtp_worker.cli.settings import app as settings_app
+from wmtp_worker.cli.train import train
 
 app = typer.Typer(
     name="wmtp",
@@ -16,6 +19,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(train)
+app.command()(evaluate)
+app.add_typer(checkpoints_app, name="checkpoints")
 app.command()(doctor)
 app.add_typer(settings_app, name="settings")
 

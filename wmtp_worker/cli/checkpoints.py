@@ -49,9 +49,7 @@ def _paths(run: str) -> Any:
     settings = load(options={"run.name": run})
     paths = RunPaths(settings.run.workdir, settings.run.name)
     if not paths.checkpoints.is_dir():
-        names = sorted(
-            path.name for path in Path(settings.run.workdir, "checkpoints").glob("*") if path.is_dir()
-        )
+        names = sorted(path.name for path in Path(settings.run.workdir, "checkpoints").glob("*") if path.is_dir())
         raise InputError(
             f"there is no run {run!r}",
             where=str(paths.checkpoints.parent),
@@ -71,7 +69,5 @@ def _show(items: list[dict[str, Any]], as_json: bool) -> None:
     for item in items:
         size = f"{item['bytes'] / 1e6:,.1f} MB" if item["bytes"] is not None else "?"
         style = "red" if item["status"] == "damaged" else "green" if item["status"] == "verified" else ""
-        table.add_row(
-            item["name"], item["created"] or "?", size, item["problem"] or item["status"], style=style
-        )
+        table.add_row(item["name"], item["created"] or "?", size, item["problem"] or item["status"], style=style)
     Console().print(table)

@@ -12,9 +12,7 @@ def evaluate(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Name of the run.")],
     weights: Annotated[
         str,
-        typer.Option(
-            metavar="final|best|STEP", help="Which weights: the final, the best, or a checkpoint's."
-        ),
+        typer.Option(metavar="final|best|STEP", help="Which weights: the final, the best, or a checkpoint's."),
     ] = "final",
     recipe: Recipe = None,
     preset: Preset = None,
@@ -39,10 +37,6 @@ def evaluate(
         typer.echo(json.dumps(result))
         return
     typer.echo(f"{result['weights']} of {run}, step {result['step']}")
-    typer.echo(
-        f"loss {result['loss']:.4f}  perplexity {result['perplexity']:.2f}  tokens {result['tokens']:,}"
-    )
-    for head, (loss, share) in enumerate(
-        zip(result["head_loss"], result["head_accuracy"], strict=True), start=1
-    ):
+    typer.echo(f"loss {result['loss']:.4f}  perplexity {result['perplexity']:.2f}  tokens {result['tokens']:,}")
+    for head, (loss, share) in enumerate(zip(result["head_loss"], result["head_accuracy"], strict=True), start=1):
         typer.echo(f"head {head}: loss {loss:.4f}  accuracy {share:.1%}")

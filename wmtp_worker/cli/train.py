@@ -69,22 +69,16 @@ def _print(summary: "Summary", console: "Console") -> None:
     from rich.table import Table
 
     if summary.steps_taken:
-        since = (
-            "from the start" if summary.resumed_from is None else f"resumed from step {summary.resumed_from}"
-        )
+        since = "from the start" if summary.resumed_from is None else f"resumed from step {summary.resumed_from}"
         did = f"took {summary.steps_taken} steps in {summary.seconds:.1f} s, {since}"
     else:
         did = "was finished already; --resume never starts it anew, --run-name NAME starts another"
     result = summary.validation
     table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_row(
-        "run", f"{summary.run}: step {summary.step}{' (stopped early)' if summary.stopped_early else ''}"
-    )
+    table.add_row("run", f"{summary.run}: step {summary.step}{' (stopped early)' if summary.stopped_early else ''}")
     table.add_row("this time", did)
     table.add_row("validation", f"loss {result['loss']:.4f}, perplexity {result['perplexity']:.2f}")
-    table.add_row(
-        "accuracy", ", ".join(f"head {i} {a:.1%}" for i, a in enumerate(result["head_accuracy"], start=1))
-    )
+    table.add_row("accuracy", ", ".join(f"head {i} {a:.1%}" for i, a in enumerate(result["head_accuracy"], start=1)))
     table.add_row("best", f"loss {summary.best_loss:.4f} at step {summary.best_step}")
     console.print(table)
     console.print("look at", highlight=False)

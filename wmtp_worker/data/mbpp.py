@@ -89,9 +89,7 @@ def read_problems(path: Path) -> list[Problem]:
             for number, line in enumerate(lines, start=1):
                 problems.append(_parse(line, f"{path}, line {number}"))
         except UnicodeDecodeError as error:
-            raise InputError(
-                f"not UTF-8 text: {error.reason}", where=str(path), fix="save the file as UTF-8"
-            ) from None
+            raise InputError(f"not UTF-8 text: {error.reason}", where=str(path), fix="save the file as UTF-8") from None
     if not problems:
         raise InputError("the file is empty", where=str(path), fix="one JSON object a line")
     return problems

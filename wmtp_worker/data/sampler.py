@@ -36,9 +36,7 @@ class PackedSampler:
         """The whole plan of one epoch; the same for equal (seed, epoch) and data."""
         if self._planned is None or self._planned[0] != epoch:
             order = np.random.default_rng([self._seed, epoch]).permutation(len(self._lengths)).tolist()
-            rows = (
-                pack(order, self._lengths, self._sequence_length) if self._packing else [[i] for i in order]
-            )
+            rows = pack(order, self._lengths, self._sequence_length) if self._packing else [[i] for i in order]
             self._planned = (epoch, rows)
         return self._planned[1]
 

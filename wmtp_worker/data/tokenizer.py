@@ -38,7 +38,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
             fix="set model.tokenizer to a folder that holds one",
         )
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
     except Exception as error:  # the tokenizers library raises bare Exception for a malformed file
         raise InputError(
             f"the tokenizer does not load: {error}",

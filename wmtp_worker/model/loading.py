@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import LlamaConfig
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def build(settings: Settings, tokenizer: "PreTrainedTokenizerFast") -> MTPForCausalLM:
     """A new fp32 policy of the shape in `settings.model`, random weights drawn from `run.seed` alone."""
     shape = settings.model
-    config = LlamaConfig(
+    config = LlamaConfig(  # type: ignore[call-arg]  # transformers keeps unknown keys
         vocab_size=len(tokenizer),
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
@@ -58,7 +58,7 @@ def load(folder: Path, heads: int) -> MTPForCausalLM:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        model, info = MTPForCausalLM.from_pretrained(
+        loaded: Any = MTPForCausalLM.from_pretrained(
             folder,
             config=LlamaConfig.from_pretrained(folder, n_future_tokens=heads),
             dtype=torch.float32,
@@ -72,6 +72,8 @@ def load(folder: Path, heads: int) -> MTPForCausalLM:
             where=f"folder {folder}",
             fix="check or replace the folder's files",
         ) from error
+    model: MTPForCausalLM = loaded[0]
+    info: dict[str, Any] = loaded[1]
     new = {name for name in info["missing_keys"] if own_heads is None and name.startswith("extra_heads.")}
     missing = sorted(set(info["missing_keys"]) - new)
     if missing:
@@ -84,7 +86,6 @@ def load(folder: Path, heads: int) -> MTPForCausalLM:
         last = model.model.layers[-1].state_dict()
         for head in model.extra_heads:
             head.load_state_dict(last)
-    model.generation_config = None
     return model
 
 
@@ -102,9 +103,7 @@ def _read_config(folder: Path) -> dict[str, object]:
         raise InputError(f"not JSON: {error}", where=str(path), fix="replace the file") from None
     if not isinstance(config, dict) or config.get("model_type") != "llama":
         found = config.get("model_type") if isinstance(config, dict) else type(config).__name__
-        raise InputError(
-            f"model_type is {found!r}, not 'llama'", where=str(path), fix="use a Llama-family checkpoint"
-        )
+        raise InputError(f"model_type is {found!r}, not 'llama'", where=str(path), fix="use a Llama-family checkpoint")
     if not any(folder.glob("*.safetensors")):
         raise InputError(
             "no *.safetensors",
@@ -133,9 +132,7 @@ def load_tensors(model: MTPForCausalLM, saved: Mapping[str, torch.Tensor], where
     own = tensors(model)
     for name in sorted(own.keys() ^ saved.keys()):
         side = "the model has no" if name in saved else "the checkpoint has no"
-        raise InputError(
-            f"{side} tensor {name}", where=where, fix="use the settings that the checkpoint was made with"
-        )
+        raise InputError(f"{side} tensor {name}", where=where, fix="use the settings that the checkpoint was made with")
     with torch.no_grad():
         for name, tensor in own.items():
             if tensor.shape != saved[name].shape:

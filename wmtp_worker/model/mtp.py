@@ -30,7 +30,7 @@ class TrunkOutput:
         return replace(self, hidden=self.hidden.detach().requires_grad_())
 
 
-class MTPForCausalLM(LlamaForCausalLM):  # type: ignore[misc]  # transformers is untyped
+class MTPForCausalLM(LlamaForCausalLM):
     """A Llama with `config.n_future_tokens - 1` further heads.
 
     Parameter names are Hugging Face's own plus `extra_heads.<i>.…`, so a Llama folder loads as it is, and what is
@@ -43,16 +43,14 @@ class MTPForCausalLM(LlamaForCausalLM):  # type: ignore[misc]  # transformers is
         self.extra_heads = nn.ModuleList(
             LlamaDecoderLayer(config, first + number) for number in range(config.n_future_tokens - 1)
         )
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     @property
     def heads(self) -> int:
         """How many tokens ahead are predicted (n)."""
         return 1 + len(self.extra_heads)
 
-    def trunk(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, attention_mask: torch.Tensor
-    ) -> TrunkOutput:
+    def trunk(self, input_ids: torch.Tensor, position_ids: torch.Tensor, attention_mask: torch.Tensor) -> TrunkOutput:
         """Run the trunk once.
 
         `input_ids`, `position_ids`: int64 [batch, time]. `attention_mask`: bool [batch, 1, time, time], True where
@@ -67,9 +65,7 @@ class MTPForCausalLM(LlamaForCausalLM):  # type: ignore[misc]  # transformers is
     def head_logits(self, number: int, trunk: TrunkOutput) -> torch.Tensor:
         """Logits [batch, time, vocabulary] of head `number` (1…n): at position t they predict token t + number."""
         layer = self.model.layers[-1] if number == 1 else self.extra_heads[number - 2]
-        hidden = layer(
-            trunk.hidden, attention_mask=trunk.attention_mask, position_embeddings=trunk.position_embeddings
-        )
+        hidden = layer(trunk.hidden, attention_mask=trunk.attention_mask, position_embeddings=trunk.position_embeddings)
         logits: torch.Tensor = self.lm_head(self.model.norm(hidden))
         return logits
 

@@ -42,9 +42,7 @@ def _losses(axis: "Axes", train: list[dict[str, Any]], validation: list[dict[str
     for head in range(len(train[0]["head_loss"]) if train else 0):
         losses = [record["head_loss"][head] for record in train]
         axis.plot(steps, losses, linewidth=0.7, alpha=0.6, label=f"head {head + 1}")
-    axis.plot(
-        _column(validation, "step"), _column(validation, "loss"), "o-", color="tab:red", label="validation"
-    )
+    axis.plot(_column(validation, "step"), _column(validation, "loss"), "o-", color="tab:red", label="validation")
     axis.set_title("loss (nats per token)")
     axis.set_ylim(bottom=0)
     axis.legend(fontsize="small")

@@ -37,7 +37,8 @@ def evaluate_run(settings: Settings, weights: str, stop: StopRequest) -> dict[st
     data = load_split(settings, dataset_folder(settings), "validation", tokenizer)
     rows = settings.training.micro_batch_size
     batches = data.epoch(rows, settings.evaluation.max_batches)
-    result = validate(model.to(device), batches, device, settings.training.precision, stop.check)
+    model.to(device)  # type: ignore[arg-type]  # transformers hides nn.Module.to's signature
+    result = validate(model, batches, device, settings.training.precision, stop.check)
     return {"run": paths.run, "weights": weights, "step": step, **result.to_json()}
 
 
@@ -47,9 +48,7 @@ def _read(paths: RunPaths, weights: str) -> tuple[int, dict[str, Any], dict[str,
         content = load_weights(path)
         return content["step"], content["config"], content["model"], str(path)
     if not weights.isdecimal():
-        raise SettingsError(
-            f"{weights!r} names no weights", where="--weights", fix="use final, best or a step"
-        )
+        raise SettingsError(f"{weights!r} names no weights", where="--weights", fix="use final, best or a step")
     checkpoint = find(paths, int(weights))
     assert checkpoint is not None  # a wanted step is there or an error
     return int(weights), checkpoint.document(CONFIG), checkpoint.tensors(MODEL), str(checkpoint.folder)

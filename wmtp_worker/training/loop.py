@@ -38,10 +38,7 @@ def train(session: Session, console: Console) -> None:
             ):
                 run_validation(session)
             # asked again: a validation may have stopped the run early
-            if (
-                _due(progress.step, settings.checkpoint.every, session.finished)
-                and progress.saved_at < progress.step
-            ):
+            if _due(progress.step, settings.checkpoint.every, session.finished) and progress.saved_at < progress.step:
                 session.save()
             if session.finished:
                 return
@@ -56,9 +53,7 @@ def train_step(session: Session) -> str:
     """One optimizer step: take rows, accumulate gradients over the micro-batches, clip, step. Returns a short note."""
     progress, training, model = session.progress, session.settings.training, session.model
     started = time.perf_counter()
-    rows, after = session.train_data.sampler.take(
-        progress.position, training.micro_batch_size * training.accumulation
-    )
+    rows, after = session.train_data.sampler.take(progress.position, training.micro_batch_size * training.accumulation)
     size = training.micro_batch_size
     batches = [session.train_data.batch(rows[i : i + size]) for i in range(0, len(rows), size)]
     targets = [mtp_labels(batch.labels, batch.segment_ids, model.heads) for batch in batches]
@@ -76,9 +71,7 @@ def train_step(session: Session) -> str:
         session.stop.check()
         target = target.to(session.device)
         weights = uniform.weights(target != IGNORE)
-        losses += head_losses_backward(
-            model, batch.to(session.device), target, weights, counts, training.precision
-        )
+        losses += head_losses_backward(model, batch.to(session.device), target, weights, counts, training.precision)
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), training.grad_clip or math.inf))
     head_loss = losses.tolist()
     loss = sum(head_loss) / model.heads
@@ -106,9 +99,7 @@ def train_step(session: Session) -> str:
     session.heartbeat.beat("train", step=progress.step, loss=loss, tokens_per_second=tokens / seconds)
     note = f"loss {loss:.4f}  {tokens / seconds:,.0f} tokens/s"
     if progress.step % session.settings.logging.every == 0 or session.finished:
-        log.info(
-            "step %d/%d  %s  lr %.2e  grad norm %.2f", progress.step, training.max_steps, note, rate, norm
-        )
+        log.info("step %d/%d  %s  lr %.2e  grad norm %.2f", progress.step, training.max_steps, note, rate, norm)
     return note
 
 

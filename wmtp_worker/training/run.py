@@ -101,9 +101,8 @@ def _train_or_save(session: Session, console: Console) -> None:
 
 def _summary(session: Session, first: int, seconds: float) -> Summary:
     progress = session.progress
-    assert (
-        progress.validation is not None and progress.best_loss is not None
-    )  # train() ends with a validation
+    assert progress.validation is not None  # train() ends with a validation
+    assert progress.best_loss is not None
     return Summary(
         run=session.paths.run,
         step=progress.step,

@@ -122,10 +122,7 @@ class Session:
         log.info("saved %s in %.2f s%s", folder.name, seconds, pruned)
 
     def _snapshot(self) -> Snapshot:
-        shown = {
-            key: redact(value) if isinstance(value, str) else value
-            for key, value in self.settings.flat().items()
-        }
+        shown = {key: redact(value) if isinstance(value, str) else value for key, value in self.settings.flat().items()}
         return Snapshot(
             step=self.progress.step,
             tensors={

@@ -54,7 +54,7 @@ def set_up(settings: Settings, paths: RunPaths, stop: StopRequest, heartbeat: He
     model = load(base, settings.model.heads) if base else build(settings, tokenizer)
     check_fit(settings, model, tokenizer)
     base_model_digest = base_digest(base) if base else None
-    model.to(device).train()
+    model.to(device).train()  # type: ignore[arg-type]  # transformers hides nn.Module.to's signature
     session = Session(
         settings=settings,
         paths=paths,
@@ -81,9 +81,7 @@ def set_up(settings: Settings, paths: RunPaths, stop: StopRequest, heartbeat: He
     return session
 
 
-def load_split(
-    settings: Settings, folder: Path, split: Split, tokenizer: "PreTrainedTokenizerFast"
-) -> Dataset:
+def load_split(settings: Settings, folder: Path, split: Split, tokenizer: "PreTrainedTokenizerFast") -> Dataset:
     limit = settings.data.sequence_length
     samples = [encode(tokenizer, problem) for problem in read_split(folder, split)]
     fitting = [sample for sample in samples if len(sample.ids) <= limit]
@@ -94,9 +92,7 @@ def load_split(
             fix=f"set data.sequence_length to {min(len(sample.ids) for sample in samples)} or more",
         )
     if left_out := len(samples) - len(fitting):
-        log.warning(
-            "%d of %d %s samples are longer than %d tokens: left out", left_out, len(samples), split, limit
-        )
+        log.warning("%d of %d %s samples are longer than %d tokens: left out", left_out, len(samples), split, limit)
     lengths = [len(sample.ids) for sample in fitting]
     sampler = PackedSampler(lengths, limit, settings.run.seed, settings.data.packing)
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -154,9 +150,7 @@ def _restore(session: Session) -> None:
         obsolete += [path for path in (paths.metrics, paths.report) if path.exists()]
     if obsolete:
         progress.best_loss = None  # the best model is set aside too
-        log.info(
-            "set aside %d items of the earlier run in %s", len(obsolete), store.set_aside(paths, obsolete)
-        )
+        log.info("set aside %d items of the earlier run in %s", len(obsolete), store.set_aside(paths, obsolete))
 
 
 def _check_disk(session: Session) -> None:

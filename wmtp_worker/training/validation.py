@@ -43,16 +43,14 @@ def validate(
     heads = model.heads
     # double on the host: MPS has no float64
     loss_sums, correct, counts = ([0.0] * heads for _ in range(3))
-    model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
     try:
         for batch in batches:
             between()
             batch = batch.to(device)
             targets = mtp_labels(batch.labels, batch.segment_ids, heads)
             with autocast(device, precision):
-                trunk = model.trunk(
-                    batch.input_ids, batch.position_ids, packed_attention_mask(batch.segment_ids)
-                )
+                trunk = model.trunk(batch.input_ids, batch.position_ids, packed_attention_mask(batch.segment_ids))
                 for head in range(heads):
                     labelled = targets[..., head] != IGNORE
                     logits = model.head_logits(head + 1, trunk)[labelled].float()
