@@ -177,12 +177,15 @@ make_venv() {
   fingerprint runtime >"$venv/.wmtp-runtime" # dev holds runtime
   fingerprint "$kind" >"$venv/.wmtp-$kind"
   rm -f "$unfinished"
+  unset PYTHONDONTWRITEBYTECODE # or every start would compile again
   say "ready after $((SECONDS - started)) s"
 }
 
 pip_install() {
   local log=$venv/set-up.log
-  if ! interruptible "$venv/bin/python" -m pip --no-input --disable-pip-version-check install "$@" >"$log" 2>&1; then
+  # --no-compile: the first start compiles what it uses, a tenth of what there is
+  if ! interruptible "$venv/bin/python" -m pip --no-input --disable-pip-version-check install --no-compile "$@" \
+    >"$log" 2>&1; then
     tail -n 15 "$log" >&2
     fail "pip could not install what is needed; all it said is in $log" \
       "check the network, pip's configuration and the space left in $venv, then start this again"
