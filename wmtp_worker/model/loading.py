@@ -58,9 +58,11 @@ def load(folder: Path, heads: int) -> MTPForCausalLM:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
+        llama = LlamaConfig.from_pretrained(folder)
+        llama.update({"n_future_tokens": heads})
         loaded: Any = MTPForCausalLM.from_pretrained(
             folder,
-            config=LlamaConfig.from_pretrained(folder, n_future_tokens=heads),
+            config=llama,
             dtype=torch.float32,
             use_safetensors=True,
             local_files_only=True,
