@@ -45,7 +45,8 @@ def load(folder: Path, heads: int) -> MTPForCausalLM:
     """An fp32 policy from a Llama-family folder (`config.json` and safetensors).
 
     A folder without further heads gets them as copies of its last layer. A folder of ours has its own number of
-    heads, which must be `heads`. Raises `InputError` for another architecture, pickled weights, missing tensors.
+    heads, which must be `heads`. Raises `InputError` for another architecture, pickled weights, damaged files, and
+    tensors that are missing, left over or of another shape.
     """
     config = _read_config(folder)
     own_heads = config.get("n_future_tokens")
@@ -66,29 +67,37 @@ def load(folder: Path, heads: int) -> MTPForCausalLM:
             dtype=torch.float32,
             use_safetensors=True,
             local_files_only=True,
+            ignore_mismatched_sizes=True,  # told below, by name
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # a broken folder raises anything: SafetensorError, KeyError, ImportError, …
         raise InputError(
-            f"the model does not load: {error}",
+            f"the model does not load: {type(error).__name__}: {error}",
             where=f"folder {folder}",
             fix="check or replace the folder's files",
         ) from error
     model: MTPForCausalLM = loaded[0]
-    info: dict[str, Any] = loaded[1]
-    new = {name for name in info["missing_keys"] if own_heads is None and name.startswith("extra_heads.")}
-    missing = sorted(set(info["missing_keys"]) - new)
-    if missing:
-        raise InputError(
-            f"{len(missing)} tensors are missing, {missing[0]} among them",
-            where=f"folder {folder}",
-            fix="check that all safetensors files are there",
-        )
+    _check_tensors(loaded[1], folder, new_heads=own_heads is None)
     if own_heads is None:
         last = model.model.layers[-1].state_dict()
         for head in model.extra_heads:
             head.load_state_dict(last)
     return model
+
+
+def _check_tensors(info: dict[str, Any], folder: Path, new_heads: bool) -> None:
+    missing = {name for name in info["missing_keys"] if not (new_heads and name.startswith("extra_heads."))}
+    for wrong, names in {
+        "missing": missing,
+        "of another shape than config.json says": {name for name, *_ in info["mismatched_keys"]},
+        "not part of the model that config.json describes": set(info["unexpected_keys"]),
+    }.items():
+        if names:
+            raise InputError(
+                f"{len(names)} tensors are {wrong}, {min(names)} among them",
+                where=f"folder {folder}",
+                fix="check that config.json and all safetensors files are there and belong together",
+            )
 
 
 def _read_config(folder: Path) -> dict[str, object]:
