@@ -35,12 +35,8 @@ def _model(settings: Settings, given: dict[str, Given]) -> Iterator[Problem]:
         # the folder brings its own shape; one given by hand would silently not count
         for key in MODEL_SHAPE:
             if given[key].explicit:
-                what = (
-                    f"{key} has no effect while model.path={model.path!r} ({settings.sources['model.path']})"
-                )
-                yield Problem(
-                    what, given[key].source, f"drop {key}, or set model.path=null to build a new model"
-                )
+                what = f"{key} has no effect while model.path={model.path!r} ({settings.sources['model.path']})"
+                yield Problem(what, given[key].source, f"drop {key}, or set model.path=null to build a new model")
         return
     if data.sequence_length > model.max_position_embeddings:
         longest = "model.max_position_embeddings"
@@ -61,9 +57,7 @@ def _model(settings: Settings, given: dict[str, Given]) -> Iterator[Problem]:
         )
     elif model.hidden_size // model.attention_heads % 2:
         fix = "rotary positions need an even width per head"
-        yield _clash(
-            settings, "model.hidden_size", "must be an even multiple of", "model.attention_heads", fix
-        )
+        yield _clash(settings, "model.hidden_size", "must be an even multiple of", "model.attention_heads", fix)
     if model.attention_heads % model.key_value_heads:
         yield _clash(
             settings,
@@ -89,9 +83,7 @@ def _training(settings: Settings) -> Iterator[Problem]:
         fix = "set evaluation.every, or patience to 0"
         yield Problem(what, settings.sources["training.early_stopping.patience"], fix)
     if isinstance(run.resume, int) and run.resume > training.max_steps:
-        yield _clash(
-            settings, "run.resume", "must not be greater than", "training.max_steps", "take an earlier step"
-        )
+        yield _clash(settings, "run.resume", "must not be greater than", "training.max_steps", "take an earlier step")
 
 
 def _clash(settings: Settings, one: str, relation: str, other: str, fix: str) -> Problem:

@@ -29,6 +29,7 @@ OTHER: Mapping[str, str] = MappingProxyType(
         "WMTP_VENV": "where start.sh and test.sh keep their Python environment (.venv at the root)",
         "WMTP_IMAGE": "set to 1 by the image: use its Python and make no environment",
         "WMTP_BASE_IMAGE": "base image of the container tests",
+        "WMTP_REQUIRE_CONTAINERS": "1 makes the container tests fail, not skip, where there is no Docker engine",
         "WMTP_TEST_DATA": "folder with mbpp.jsonl for the tests and benchmarks on real data",
     }
 )
@@ -40,9 +41,7 @@ def variable(key: str) -> str:
     return "WMTP_" + key.upper().replace(".", "__")
 
 
-SETTING_VARIABLES: Mapping[str, str] = MappingProxyType(
-    {variable(key): key for key in SETTABLE} | dict(SHORT)
-)
+SETTING_VARIABLES: Mapping[str, str] = MappingProxyType({variable(key): key for key in SETTABLE} | dict(SHORT))
 KNOWN: tuple[str, ...] = (*SETTING_VARIABLES, *OTHER)
 
 
@@ -64,11 +63,12 @@ def read_env_file(environ: Mapping[str, str], problems: list[Problem]) -> dict[s
         return {}
     found = {}
     for binding in bindings:
-        where = f"{display(path)}:{binding.original.line}"
+        # what dotenv calls the line of a binding is where the blank lines before it begin
+        text = binding.original.string
+        blank = text[: len(text) - len(text.lstrip())].count("\n")
+        where = f"{display(path)}:{binding.original.line + blank}"
         if binding.error or (binding.key and binding.value is None):
-            problems.append(
-                Problem("a line that is no NAME=value", where, "write NAME=value, or # for a comment")
-            )
+            problems.append(Problem("a line that is no NAME=value", where, "write NAME=value, or # for a comment"))
         elif binding.key and binding.value is not None:
             found[binding.key] = (binding.value, where)
     return found

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from wmtp_worker.settings.schema import RUN_NAME, SECTIONS
-from wmtp_worker.settings.values import Given, Problem, Yaml, construct, nearest, unknown
+from wmtp_worker.settings.values import Given, Problem, Yaml, construct, nearest, opened, unknown
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,7 @@ def find(kind: str, chosen: str, where: str, problems: list[Problem]) -> Layer |
     if chosen.endswith((".yaml", ".yml")) or "/" in chosen:
         path = Path(os.path.expanduser(chosen))
         if not os.path.isfile(path):
-            problems.append(
-                Problem(f"{kind} file {chosen!r} does not exist", where, f"check the path; {_known(kind)}")
-            )
+            problems.append(Problem(f"{kind} file {chosen!r} does not exist", where, f"check the path; {_known(kind)}"))
             return None
         name = path.stem.removeprefix(f"{kind}.")
         if not RUN_NAME.fullmatch(name):
@@ -52,9 +50,7 @@ def find(kind: str, chosen: str, where: str, problems: list[Problem]) -> Layer |
 
 def names(kind: str) -> list[str]:
     """The recipes or presets that come with the package."""
-    return sorted(
-        path.name.split(".", 1)[1].removesuffix(".yaml") for path in configs().glob(f"{kind}.*.yaml")
-    )
+    return sorted(path.name.split(".", 1)[1].removesuffix(".yaml") for path in configs().glob(f"{kind}.*.yaml"))
 
 
 def _known(kind: str) -> str:
@@ -65,33 +61,26 @@ def read(path: Path, problems: list[Problem]) -> dict[str, Given]:
     """Dotted key to value and line of one YAML file; whatever is wrong with it is added to `problems`."""
     shown = display(path)
     try:
-        loader = Yaml(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         problems.append(Problem(f"{shown} cannot be read: {reason}", None, "it must be a readable YAML file"))
         return {}
     try:
-        node = loader.get_single_node()
-        if node is None:
-            return {}
-        if not isinstance(node, yaml.MappingNode):
-            problems.append(
-                Problem(
-                    f"{shown} is not a mapping of settings", None, "write it as `group:`, then `  key: value`"
-                )
-            )
-            return {}
-        return dict(_walk(loader, node, "", shown, problems))
+        with opened(text) as loader:
+            node = loader.get_single_node()
+            if isinstance(node, yaml.MappingNode):
+                return dict(_walk(loader, node, "", shown, problems))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        what = getattr(error, "problem", None) or str(error)
-        problems.append(
-            Problem(f"malformed YAML: {what}", f"{shown}{line}", "correct that line or the one before it")
-        )
+        where = f"{shown}:{mark.line + 1}" if mark else shown
+        what = getattr(error, "problem", None) or str(error).splitlines()[0]
+        problems.append(Problem(f"malformed YAML: {what}", where, "correct that line or the one before it"))
         return {}
-    finally:
-        loader.dispose()
+    if node is not None:
+        fix = "write it as `group:`, then `  key: value`"
+        problems.append(Problem(f"{shown} is not a mapping of settings", None, fix))
+    return {}
 
 
 def _walk(
@@ -103,9 +92,7 @@ def _walk(
         key = f"{prefix}{key_node.value}"
         where = f"{shown}:{line}"
         if key in seen:
-            problems.append(
-                Problem(f"{key} stands twice, first in line {seen[key]}", where, "keep one of the two")
-            )
+            problems.append(Problem(f"{key} stands twice, first in line {seen[key]}", where, "keep one of the two"))
             continue
         seen[key] = line
         if key in SECTIONS and isinstance(value_node, yaml.MappingNode):

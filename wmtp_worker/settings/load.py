@@ -77,18 +77,14 @@ def _choose(kind: str, asked: str | None, *layers: Mapping[str, tuple[str, str]]
     return Given(_DEFAULT_CHOICE[kind], "default")
 
 
-def _command_line(
-    overrides: Sequence[str], options: Mapping[str, Any], problems: list[Problem]
-) -> dict[str, Given]:
+def _command_line(overrides: Sequence[str], options: Mapping[str, Any], problems: list[Problem]) -> dict[str, Given]:
     values: dict[str, Given] = {}
     for text in overrides:
         key, equals, value = text.partition("=")
         key, source = key.strip(), f"--set {text}"
         if not equals:
             problems.append(
-                Problem(
-                    f"--set {text} has no value", None, "write --set key=value, as --set training.lr=1e-4"
-                )
+                Problem(f"--set {text} has no value", None, "write --set key=value, as --set training.lr=1e-4")
             )
         elif problem := unknown(key, source):
             problems.append(problem)
@@ -151,9 +147,7 @@ def _explain(error: ValidationError, values: Mapping[str, Given]) -> Iterator[Pr
     for detail in error.errors(include_url=False):
         path = [str(part) for part in detail["loc"]]
         # pydantic goes on into lists and unions; the setting is the longest part of the way that is one
-        key = next(
-            (k for k in (".".join(path[:n]) for n in range(len(path), 0, -1)) if k in values), ".".join(path)
-        )
+        key = next((k for k in (".".join(path[:n]) for n in range(len(path), 0, -1)) if k in values), ".".join(path))
         if key in reported:
             continue
         reported.add(key)

@@ -35,7 +35,7 @@ def _resume(value: object) -> object:
 
 
 def _workdir(value: object) -> object:
-    if not isinstance(value, str | Path) or not str(value).strip():
+    if not isinstance(value, str | Path) or not str(value).strip() or "\0" in str(value):
         raise ValueError("is no path; name a folder that may be created and written")
     return Path(os.path.expanduser(value)).absolute()  # Path.expanduser would raise for an unknown ~user
 
@@ -71,9 +71,7 @@ class RunSettings(Section):
 
 
 class HostSettings(Section):
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
-        description="where to compute; auto takes the best there is"
-    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(description="where to compute; auto takes the best there is")
     threads: Count = Field(description="CPU threads; 0 means as many as the machine or container allows")
 
 
@@ -85,16 +83,12 @@ class ModelSettings(Section):
     tokenizer: Text | None = Field(
         description="folder of a tokenizer; null takes the model's own, or the packaged one for a new model"
     )
-    heads: Positive = Field(
-        description="tokens predicted at each position: the trunk's own and heads - 1 more"
-    )
+    heads: Positive = Field(description="tokens predicted at each position: the trunk's own and heads - 1 more")
     hidden_size: Positive = Field(description="width of the residual stream of a new model")
     intermediate_size: Positive = Field(description="width inside a new model's MLP")
     layers: Positive = Field(description="transformer layers of a new model, head 1 included")
     attention_heads: Positive = Field(description="attention heads of a new model")
-    key_value_heads: Positive = Field(
-        description="key and value heads of a new model (grouped-query attention)"
-    )
+    key_value_heads: Positive = Field(description="key and value heads of a new model (grouped-query attention)")
     max_position_embeddings: Positive = Field(description="longest sequence, in tokens, of a new model")
     rope_theta: Annotated[float, Field(gt=0)] = Field(description="base of a new model's rotary positions")
     tie_embeddings: bool = Field(description="whether a new model's unembedding is its embedding")
@@ -110,12 +104,8 @@ class DataSettings(Section):
 
 
 class EarlyStoppingSettings(Section):
-    patience: Count = Field(
-        description="validations without improvement before training stops; 0 never stops early"
-    )
-    min_delta: NotNegative = Field(
-        description="smallest fall of the validation loss that counts, in nats per token"
-    )
+    patience: Count = Field(description="validations without improvement before training stops; 0 never stops early")
+    min_delta: NotNegative = Field(description="smallest fall of the validation loss that counts, in nats per token")
 
 
 class TrainingSettings(Section):

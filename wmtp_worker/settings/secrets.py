@@ -41,13 +41,9 @@ def read_secret_files(environ: MutableMapping[str, str]) -> list[Problem]:
             problems.append(Problem(f"{name}_FILE={path!r} cannot be read: {reason}", f"{name}_FILE", fix))
             continue
         if environ.get(name, value) != value:
-            problems.append(
-                Problem(f"both {name} and {name}_FILE are set", "the environment", "keep only one of them")
-            )
+            problems.append(Problem(f"both {name} and {name}_FILE are set", "the environment", "keep only one of them"))
         elif not value:
-            problems.append(
-                Problem(f"{name}_FILE={path!r} is an empty file", f"{name}_FILE", "put the secret in it")
-            )
+            problems.append(Problem(f"{name}_FILE={path!r} is an empty file", f"{name}_FILE", "put the secret in it"))
         else:
             environ[name] = value
     return problems

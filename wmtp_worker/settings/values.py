@@ -2,6 +2,8 @@
 
 import re
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -47,12 +49,25 @@ Yaml.add_implicit_resolver(
 )
 
 
+@contextmanager
+def opened(text: str) -> Iterator[Yaml]:
+    """A loader of `text`. Raises YAMLError at once if it holds characters that YAML forbids."""
+    loader = Yaml(text)
+    try:
+        yield loader
+    finally:
+        loader.dispose()
+
+
 def construct(loader: Yaml, node: yaml.Node, key: str) -> Any:
     """The value of a YAML node for a setting: a plain scalar stays the text it is where text is expected."""
     null = node.tag == "tag:yaml.org,2002:null"
     if isinstance(node, yaml.ScalarNode) and not null and str in _kinds(key) and int not in _kinds(key):
         return node.value
-    return loader.construct_object(node, deep=True)
+    try:
+        return loader.construct_object(node, deep=True)
+    except (ValueError, IndexError) as error:  # a tag that the text does not fit, as !!int x
+        raise yaml.MarkedYAMLError(problem=f"{node.value!r} is no {node.tag}", problem_mark=node.start_mark) from error
 
 
 def parse(text: str, key: str) -> Any:
@@ -63,14 +78,12 @@ def parse(text: str, key: str) -> Any:
     if str in kinds and int not in kinds:
         # text is text, whatever it would mean as YAML; only null has to be told apart
         return None if text in ("null", "~") and nullable(key) else text
-    loader = Yaml(text)
     try:
-        node = loader.get_single_node()
-        value = None if node is None else construct(loader, node, key)
+        with opened(text) as loader:
+            node = loader.get_single_node()
+            value = None if node is None else construct(loader, node, key)
     except yaml.YAMLError as error:
         raise ValueError("is not valid YAML") from error
-    finally:
-        loader.dispose()
     if list in kinds and isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
     return value
@@ -86,9 +99,7 @@ def unknown(key: str, where: str) -> Problem | None:
         )
     if key in SECTIONS:
         members = [name for name in SETTABLE if name.startswith(f"{key}.")]
-        return Problem(
-            f"{key} is a group of settings, not a setting", where, f"set one of {', '.join(members)}"
-        )
+        return Problem(f"{key} is a group of settings, not a setting", where, f"set one of {', '.join(members)}")
     return Problem(f"unknown setting {key!r}", where, _nearest_setting(key))
 
 
@@ -100,10 +111,7 @@ def nearest(word: str, known: tuple[str, ...] | list[str], cutoff: float = 0.6) 
 def allowed(key: str) -> tuple[str, ...]:
     """The words a setting may be, if it is a choice between words."""
     return tuple(
-        str(word)
-        for part in _parts(FIELDS[key].annotation)
-        if get_origin(part) is Literal
-        for word in get_args(part)
+        str(word) for part in _parts(FIELDS[key].annotation) if get_origin(part) is Literal for word in get_args(part)
     )
 
 

@@ -1,0 +1,140 @@
+"""Variables, .env and secrets from files."""
+
+import pytest
+
+from wmtp_worker.errors import SettingsError
+from wmtp_worker.settings import load
+from wmtp_worker.settings.environment import SETTING_VARIABLES, variable
+from wmtp_worker.settings.schema import SETTABLE
+from wmtp_worker.settings.secrets import SECRET_VARIABLES
+
+
+def refusal(**environ):
+    with pytest.raises(SettingsError) as caught:
+        load(environ=environ)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("key", SETTABLE)
+def test_every_setting_can_be_set_by_its_variable(key):
+    default = load(environ={})
+    value = default.flat()[key]
+    settings = load(environ={variable(key): "null" if value is None else str(value)})
+    assert settings.flat() == default.flat()
+    assert settings.sources[key] == f"variable {variable(key)}"
+
+
+def test_no_two_settings_share_a_variable():
+    assert len({variable(key) for key in SETTABLE}) == len(SETTABLE)
+    assert set(SETTING_VARIABLES.values()) == set(SETTABLE)
+
+
+@pytest.mark.parametrize(
+    ("environ", "line"),
+    [
+        (
+            {"WMTP_TRAINING__LRR": "1"},
+            "unknown variable WMTP_TRAINING__LRR (from variable WMTP_TRAINING__LRR) -> did you mean WMTP_TRAINING__LR?",
+        ),
+        ({"WMTP_WORK_DIR": "/x"}, "did you mean WMTP_WORKDIR?"),
+        ({"WMTP_ZZZZZZZZZZZZZZZ": ""}, "unset it; docs/settings.md lists every variable"),
+        ({"WMTP_TRAINING__LR": "fast"}, "training.lr='fast' is not a number (from variable WMTP_TRAINING__LR)"),
+        (
+            {"WMTP_WORKDIR": "/a", "WMTP_RUN__WORKDIR": "/b"},
+            "WMTP_WORKDIR and WMTP_RUN__WORKDIR both set run.workdir, to different values",
+        ),
+        (
+            {"CLOUD_BUCKET": "b"},
+            "CLOUD_BUCKET is set, but a bucket needs CLOUD_PROVIDER, and this version has local only",
+        ),
+        ({"CLOUD_PREFIX": "p", "CLOUD_PROVIDER": "local"}, "CLOUD_PREFIX is set, but a bucket needs CLOUD_PROVIDER"),
+        ({"CLOUD_PROVIDER": "gcs"}, "cloud.provider='gcs' is not available in this version"),
+        ({"CLOUD_PROVIDOR": "s3"}, "unknown variable CLOUD_PROVIDOR (from variable CLOUD_PROVIDOR)"),
+        (
+            {"WMTP_ENV_FILE": "/nowhere/.env"},
+            "/nowhere/.env cannot be read: No such file or directory (from WMTP_ENV_FILE)",
+        ),
+        ({"WMTP_ENV_FILE": "/"}, "/ cannot be read: Is a directory"),
+    ],
+)
+def test_variables_that_are_refused(environ, line):
+    assert line in refusal(**environ)
+
+
+def test_variables_of_others_are_left_alone():
+    assert (
+        load(environ={"CLOUD_ML_REGION": "x", "CLOUDSDK_CONFIG": "y", "PATH": "/bin"}).flat() == load(environ={}).flat()
+    )
+
+
+def test_both_names_of_a_setting_may_agree():
+    assert load(environ={"WMTP_RUN_NAME": "a", "WMTP_RUN__NAME": "a"}).run.name == "a"
+
+
+def test_env_file_of_the_users_choice(elsewhere):
+    (elsewhere / ".env").write_text("WMTP_RUN_NAME=here\n")
+    (elsewhere / "other").write_text("export WMTP_RUN_NAME='there'  # why not\n")
+    assert load(environ={}).run.name == "here"
+    settings = load(environ={"WMTP_ENV_FILE": "other"})
+    assert settings.run.name == "there"
+    assert settings.sources["run.name"] == "other:1 WMTP_RUN_NAME"
+
+
+def test_env_file_passes_on_what_is_not_ours_unless_it_is_set(elsewhere):
+    (elsewhere / ".env").write_text("AWS_REGION=eu-west-1\nHF_HOME=/from/file\nWMTP_RUN_NAME=a\nPRICE=${HOME}$5\n")
+    environ = {"HF_HOME": "/from/environment"}
+    load(environ=environ)
+    assert environ == {"AWS_REGION": "eu-west-1", "HF_HOME": "/from/environment", "PRICE": "${HOME}$5"}
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ("A=1\nthis is no assignment\n", "a line that is no NAME=value (from .env:2)"),
+        ("A=1\n\n# fine\nWMTP_RUN_NAME\n", "a line that is no NAME=value (from .env:4)"),
+        (
+            "WMTP_RUN_NAMES=x\n",
+            "unknown variable WMTP_RUN_NAMES (from .env:1 WMTP_RUN_NAMES) -> did you mean WMTP_RUN_NAME?",
+        ),
+        ("\nWMTP_TRAINING__LR=x\n", "training.lr='x' is not a number (from .env:2 WMTP_TRAINING__LR)"),
+        ("CLOUD_BUCKET=b\n", "CLOUD_BUCKET is set, but a bucket needs CLOUD_PROVIDER"),
+    ],
+)
+def test_an_env_file_that_is_wrong(elsewhere, content, line):
+    (elsewhere / ".env").write_text(content)
+    assert line in refusal()
+
+
+@pytest.mark.parametrize("name", SECRET_VARIABLES)
+@pytest.mark.parametrize(
+    ("content", "value"), [("s3cr3t\n", "s3cr3t"), ("s3cr3t\r\n", "s3cr3t"), (" a b \n\n", " a b \n")]
+)
+def test_a_secret_from_a_file(elsewhere, name, content, value):
+    (elsewhere / "secret").write_bytes(content.encode())
+    environ = {f"{name}_FILE": str(elsewhere / "secret")}
+    load(environ=environ)
+    assert environ[name] == value
+    load(environ=environ)  # a second time in the same process, or in a child
+
+
+def test_a_secret_file_named_in_env_file(elsewhere):
+    (elsewhere / "secret").write_text("s3cr3t\n")
+    (elsewhere / ".env").write_text("HF_TOKEN_FILE=secret\n")
+    environ = {}
+    load(environ=environ)
+    assert environ["HF_TOKEN"] == "s3cr3t"
+
+
+def test_a_secret_both_ways(elsewhere):
+    (elsewhere / "secret").write_text("from-the-file\n")
+    text = refusal(HF_TOKEN="from-the-variable", HF_TOKEN_FILE=str(elsewhere / "secret"))
+    assert text == "both HF_TOKEN and HF_TOKEN_FILE are set (from the environment) -> keep only one of them"
+
+
+def test_secret_files_that_are_wrong(elsewhere):
+    (elsewhere / "empty").write_text("\n")
+    (elsewhere / "binary").write_bytes(b"\xff\xfe")
+    assert "cannot be read: No such file" in refusal(HF_TOKEN_FILE="/nowhere")
+    assert "cannot be read: Is a directory" in refusal(HF_TOKEN_FILE="/")
+    assert "is an empty file" in refusal(HF_TOKEN_FILE=str(elsewhere / "empty"))
+    assert "it is not UTF-8 text" in refusal(HF_TOKEN_FILE=str(elsewhere / "binary"))
