@@ -4,6 +4,7 @@ A dataset is a folder with `train.jsonl` and `validation.jsonl` (and `test.jsonl
 whose public split goes by `task_id`: 1-10 prompt, 11-510 test, 511-600 validation, 601-974 train.
 """
 
+import codecs
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -31,7 +32,7 @@ Text = Annotated[str, AfterValidator(_line_feeds)]
 class Problem(BaseModel):
     """One programming problem. `incorrect_code` is this project's own addition: plausible wrong solutions."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
 
     task_id: int
     text: Text = Field(min_length=1)
@@ -81,25 +82,26 @@ def _of_split(path: Path, split: Split) -> list[Problem]:
 def read_problems(path: Path) -> list[Problem]:
     """Every line of a JSONL file as a `Problem`, line ends normalised to LF.
 
-    Raises `InputError` with file and line number for an empty or malformed line, and for an empty file.
+    A byte order mark at the start is skipped. Raises `InputError` with file and line number for an empty or malformed
+    line and for one that is not UTF-8, and with the file for an empty file.
     """
     problems = []
-    with path.open(encoding="utf-8", errors="strict", newline="\n") as lines:
-        try:
-            for number, line in enumerate(lines, start=1):
-                problems.append(_parse(line, f"{path}, line {number}"))
-        except UnicodeDecodeError as error:
-            raise InputError(f"not UTF-8 text: {error.reason}", where=str(path), fix="save the file as UTF-8") from None
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            problems.append(_parse(text, f"{path}, line {number}"))
     if not problems:
         raise InputError("the file is empty", where=str(path), fix="one JSON object a line")
     return problems
 
 
-def _parse(line: str, where: str) -> Problem:
+def _parse(line: bytes, where: str) -> Problem:
     if not line.strip():
         raise InputError("empty line", where=where, fix="remove the line: one JSON object a line")
     try:
-        problem = Problem.model_validate_json(line)
+        return Problem.model_validate_json(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"not UTF-8 text: {error.reason}", where=where, fix="save the file as UTF-8") from None
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -108,4 +110,3 @@ def _parse(line: str, where: str) -> Problem:
             where=where,
             fix='a line is a JSON object such as {"task_id": 601, "text": "…", "code": "…", "test_list": ["…"]}',
         ) from None
-    return problem
