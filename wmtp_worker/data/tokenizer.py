@@ -56,7 +56,12 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
 
 def digest(folder: Path) -> str:
     """SHA-256 (hex) of the tokenizer: two runs with equal digests see equal tokens."""
-    return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+    total = hashlib.sha256()
+    # the two configuration files name bos and eos
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).is_file():
+            total.update(f"{name}\0{hashlib.sha256((folder / name).read_bytes()).hexdigest()}\n".encode())
+    return total.hexdigest()
 
 
 def encode(tokenizer: "PreTrainedTokenizerFast", problem: Problem) -> Sample:
