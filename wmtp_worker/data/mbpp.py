@@ -23,7 +23,8 @@ PUBLIC_SPLIT: dict[Split, range] = {
 
 
 def _line_feeds(text: str) -> str:
-    return text.replace("\r\n", "\n")
+    # MBPP's own code ends in CRLF lines, and in a lone CR where the last one was cut
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 Text = Annotated[str, AfterValidator(_line_feeds)]
