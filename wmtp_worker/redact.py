@@ -18,7 +18,8 @@ _SECRET_NAME = re.compile(
 _PATTERNS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"), MASK),
     (re.compile(r"\bhf_[A-Za-z0-9]{20,}\b"), MASK),
-    (re.compile(r"(?P<scheme>\b[a-zA-Z][a-zA-Z0-9+.-]*://)[^\s/@:]*:[^\s/@]+@"), rf"\g<scheme>{MASK}@"),
+    (re.compile(r"(?P<scheme>\b[a-zA-Z][a-zA-Z0-9+.-]*://)[^\s/@:]*:[^\s/]+@"), rf"\g<scheme>{MASK}@"),
+    (re.compile(r"(?P<scheme>\bhttps?://)[^\s/@:*]+@"), rf"\g<scheme>{MASK}@"),
     (re.compile(r"(?P<name>\b(?:AccountKey|SharedAccessKey)=)[^;\s]+"), rf"\g<name>{MASK}"),
     (
         re.compile(r"(?P<name>[?&](?:X-Amz-Signature|X-Amz-Credential|X-Amz-Security-Token|sig)=)[^&\s]+"),

@@ -23,9 +23,7 @@ def resolve_device(wanted: str) -> torch.device:
     if wanted == "auto":
         return torch.device(next(name for name, found in there.items() if found))
     if wanted not in there:
-        raise SettingsError(
-            f"host.device={wanted!r} is no device", fix="set it to one of auto, cpu, cuda, mps"
-        )
+        raise SettingsError(f"host.device={wanted!r} is no device", fix="set it to one of auto, cpu, cuda, mps")
     if not there[wanted]:
         raise SettingsError(
             f"host.device={wanted!r}, but torch {torch.__version__} finds no such device here",

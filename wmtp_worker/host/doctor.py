@@ -62,9 +62,7 @@ def _torch() -> Check:
     try:
         import torch
     except (ImportError, OSError) as error:
-        return Check(
-            "torch", "fail", f"cannot be imported: {error}", "reinstall it: bash entrypoint/start.sh does"
-        )
+        return Check("torch", "fail", f"cannot be imported: {error}", "reinstall it: bash entrypoint/start.sh does")
     version = str(torch.__version__)
     if version.split(".")[0] != TORCH_MAJOR:
         return Check("torch", "fail", version, f"install torch {TORCH_MAJOR}, or use an image that has it")
@@ -74,23 +72,21 @@ def _torch() -> Check:
 def _device(wanted: str) -> Check:
     try:
         device = resolve_device(wanted)
-    except (WorkerError, ImportError) as error:
-        return Check("device", "fail", getattr(error, "what", str(error)), getattr(error, "fix", None) or "")
+    except WorkerError as error:
+        return Check("device", "fail", error.what, error.fix or "")
+    except (ImportError, OSError):
+        return Check("device", "fail", "unknown without torch", "put torch right first")
     facts = describe(device)
     name = f"{device} {facts.get('device_name', '')}".strip()
     if device.type == "cpu" and wanted == "auto":
-        return Check(
-            "device", "warn", name, "no GPU here: fine for the smoke preset, slow for anything larger"
-        )
+        return Check("device", "warn", name, "no GPU here: fine for the smoke preset, slow for anything larger")
     return Check("device", "pass", name)
 
 
 def _cpu() -> Check:
     limit, visible = cpu_limit(), visible_cpus()
     if limit < 1:
-        return Check(
-            "cpu", "warn", f"{limit:g} of {visible} cores", "give the container at least one whole core"
-        )
+        return Check("cpu", "warn", f"{limit:g} of {visible} cores", "give the container at least one whole core")
     return Check("cpu", "pass", f"{limit:g} of {visible} cores")
 
 
@@ -126,9 +122,7 @@ def _shared_memory() -> Check:
     if size is None:
         return Check("/dev/shm", "warn", "not there", "several GPUs need it")
     if size < GIB:
-        return Check(
-            "/dev/shm", "warn", f"{size / GIB:.2f} GiB", "give docker --shm-size=8g before using several GPUs"
-        )
+        return Check("/dev/shm", "warn", f"{size / GIB:.2f} GiB", "give docker --shm-size=8g before using several GPUs")
     return Check("/dev/shm", "pass", f"{size / GIB:.1f} GiB")
 
 

@@ -1,0 +1,133 @@
+"""The limits of machines and containers of every kind, shown as files."""
+
+import os
+
+import pytest
+
+from wmtp_worker.host.limits import cpu_limit, disk_free, memory_limit, shm_size, visible_cpus
+
+GIB = 1 << 30
+MEMINFO = {"proc/meminfo": "MemTotal:       16777216 kB\nMemFree:  1 kB\n"}
+V2 = {"proc/self/cgroup": "0::/\n"}
+V2_NESTED = {"proc/self/cgroup": "0::/user.slice/worker.service\n"}
+V1 = {
+    "proc/self/cgroup": "4:memory:/docker/abc\n3:cpu,cpuacct:/docker/abc\n1:name=systemd:/docker/abc\n0::/docker/abc\n"
+}
+
+
+@pytest.fixture
+def machine(tmp_path):
+    def build(*parts):
+        for part in parts:
+            for name, content in part.items():
+                file = tmp_path / name
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(content)
+        return tmp_path
+
+    return build
+
+
+def cgroup(**files):
+    return {f"sys/fs/cgroup/{name}": content for name, content in files.items()}
+
+
+@pytest.fixture
+def many_cpus(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
+
+
+@pytest.mark.usefixtures("many_cpus")
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ([], 64),
+        ([V2, cgroup(**{"cpu.max": "max 100000\n"})], 64),
+        ([V2, cgroup(**{"cpu.max": "250000 100000\n"})], 2.5),
+        ([V2, cgroup(**{"cpu.max": "50000 100000\n"})], 0.5),
+        ([V2, cgroup(**{"cpu.max": "max\n"})], 64),
+        ([V2, cgroup(**{"cpu.max": "25600000 100000\n"})], 64),
+        ([V2_NESTED, cgroup(**{"user.slice/worker.service/cpu.max": "100000 100000\n"})], 1),
+        (
+            [
+                V2_NESTED,
+                cgroup(
+                    **{
+                        "user.slice/cpu.max": "300000 100000\n",
+                        "user.slice/worker.service/cpu.max": "max 100000\n",
+                    }
+                ),
+            ],
+            3,
+        ),
+        ([V1, cgroup(**{"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"})], 64),
+        ([V1, cgroup(**{"cpu/cpu.cfs_quota_us": "250000\n", "cpu/cpu.cfs_period_us": "100000\n"})], 2.5),
+        ([V1, cgroup(**{"cpu,cpuacct/cpu.cfs_quota_us": "400000\n", "cpu,cpuacct/cpu.cfs_period_us": "200000\n"})], 2),
+        (
+            [
+                V1,
+                cgroup(
+                    **{
+                        "cpu/docker/abc/cpu.cfs_quota_us": "150000\n",
+                        "cpu/docker/abc/cpu.cfs_period_us": "100000\n",
+                    }
+                ),
+            ],
+            1.5,
+        ),
+        ([V1, cgroup(**{"cpu/cpu.cfs_quota_us": "250000\n", "cpu/cpu.cfs_period_us": "0\n"})], 64),
+    ],
+)
+def test_cpu_limit(machine, files, cores):
+    assert cpu_limit(machine(*files)) == cores
+
+
+def test_cpu_limit_is_never_more_than_the_cpus_we_may_run_on(machine, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3}, raising=False)
+    assert cpu_limit(machine(V2, cgroup(**{"cpu.max": "800000 100000\n"}))) == 1
+
+
+@pytest.mark.parametrize(
+    ("files", "size"),
+    [
+        ([], None),
+        ([MEMINFO], 16 * GIB),
+        ([MEMINFO, V2, cgroup(**{"memory.max": "max\n"})], 16 * GIB),
+        ([MEMINFO, V2, cgroup(**{"memory.max": f"{2 * GIB}\n"})], 2 * GIB),
+        ([V2, cgroup(**{"memory.max": f"{2 * GIB}\n"})], 2 * GIB),
+        ([MEMINFO, V2, cgroup(**{"memory.max": f"{32 * GIB}\n"})], 16 * GIB),
+        (
+            [
+                MEMINFO,
+                V2_NESTED,
+                cgroup(**{"user.slice/memory.max": f"{GIB}\n", "user.slice/worker.service/memory.max": "max\n"}),
+            ],
+            GIB,
+        ),
+        ([MEMINFO, V1, cgroup(**{"memory/memory.limit_in_bytes": "9223372036854771712\n"})], 16 * GIB),
+        ([V1, cgroup(**{"memory/memory.limit_in_bytes": "9223372036854771712\n"})], None),
+        ([MEMINFO, V1, cgroup(**{"memory/memory.limit_in_bytes": f"{3 * GIB}\n"})], 3 * GIB),
+        ([MEMINFO, V1, cgroup(**{"memory/docker/abc/memory.limit_in_bytes": f"{GIB}\n"})], GIB),
+        ([MEMINFO, V2, cgroup(**{"memory.max": "\n"})], 16 * GIB),
+    ],
+)
+def test_memory_limit(machine, files, size):
+    assert memory_limit(machine(*files)) == size
+
+
+def test_this_machine():
+    assert 0 < cpu_limit() <= visible_cpus() <= (os.cpu_count() or 1)
+    assert (memory_limit() or 0) > 64 << 20
+
+
+def test_disk_free_of_a_folder_that_is_not_there_yet(tmp_path):
+    before = disk_free(tmp_path)
+    assert before > 0
+    # others write to the same disk meanwhile
+    assert disk_free(tmp_path / "not/there/yet") == pytest.approx(before, rel=0.2)
+
+
+def test_shared_memory(tmp_path):
+    assert shm_size(tmp_path) is None
+    (tmp_path / "dev/shm").mkdir(parents=True)
+    assert (shm_size(tmp_path) or 0) > 0

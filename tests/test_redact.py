@@ -1,0 +1,138 @@
+"""Planted secrets must not come out anywhere."""
+
+import io
+import logging
+
+import pytest
+
+from wmtp_worker.redact import MASK, RedactingFilter, Redactor, redact
+
+SECRET = "p1anted/s3cret+value"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_SESSION_TOKEN",
+        "AZURE_STORAGE_CONNECTION_STRING",
+        "HF_TOKEN",
+        "MLFLOW_TRACKING_USERNAME",
+        "MLFLOW_TRACKING_PASSWORD",
+        "MY_API_KEY",
+        "db_password",
+        "SOME_CREDENTIALS",
+    ],
+)
+def test_values_of_variables_that_look_secret(name):
+    redactor = Redactor({name: SECRET})
+    assert redactor(f"before {SECRET}, after") == f"before {MASK}, after"
+    assert redactor("?x=p1anted%2Fs3cret%2Bvalue&y") == f"?x={MASK}&y"
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"HF_TOKEN_FILE": "/run/secrets/token"},
+        {"HF_TOKEN": "short"},
+        {"HF_TOKEN": ""},
+        {"TOKENIZERS_PARALLELISM": "disabled"},
+        {"WMTP_MODEL__TOKENIZER": "/work/tokenizer"},
+        {"WMTP_MODEL__KEY_VALUE_HEADS": "12345678"},
+        {"HOME": "/home/me/and"},
+    ],
+)
+def test_values_that_are_no_secrets_stay(environ):
+    text = f"nothing secret: {next(iter(environ.values()))}, or is there"
+    assert Redactor(environ)(text) == text
+
+
+def test_a_secret_inside_a_longer_one():
+    redactor = Redactor({"A_TOKEN": "abcdef", "B_TOKEN": "abcdefghij"})
+    assert redactor("abcdefghij abcdef") == f"{MASK} {MASK}"
+
+
+def test_a_secret_is_text_not_a_pattern():
+    assert Redactor({"A_TOKEN": "a.c(d+[e"})("a.c(d+[e abc(d+[e") == f"{MASK} abc(d+[e"
+
+
+@pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        ("key AKIAIOSFODNN7EXAMPLE here", "key *** here"),
+        ("temporary ASIAIOSFODNN7EXAMPLE.", "temporary ***."),
+        ("token hf_" + "aB3" * 8, "token ***"),
+        ("https://me:pa55@host:8080/x@y", "https://***@host:8080/x@y"),
+        ("postgresql+psycopg://me:p@55@host/db", "postgresql+psycopg://***@host/db"),
+        ("AccountName=a;AccountKey=abc==;Suffix=b", "AccountName=a;AccountKey=***;Suffix=b"),
+        ("https://b.s3/k?X-Amz-Signature=12ab&X-Amz-Date=3", "https://b.s3/k?X-Amz-Signature=***&X-Amz-Date=3"),
+        ("https://b.blob/k?sv=1&sig=ab%2B&se=2", "https://b.blob/k?sv=1&sig=***&se=2"),
+        ("https://t0ken@host/path", "https://***@host/path"),
+        ("ssh://git@host/path", "ssh://git@host/path"),
+        ("https://host:8080/path", "https://host:8080/path"),
+        ("s3://bucket/key", "s3://bucket/key"),
+        ("mail me@host: hello", "mail me@host: hello"),
+        ("hf_hub and AKIA are words", "hf_hub and AKIA are words"),
+    ],
+)
+def test_what_looks_like_a_secret(text, masked):
+    assert Redactor({})(text) == masked
+
+
+def test_the_environment_is_read_when_it_is_asked(monkeypatch):
+    assert redact(SECRET) == SECRET
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    assert redact(SECRET) == MASK
+
+
+@pytest.fixture
+def log():
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.addFilter(RedactingFilter(Redactor({"HF_TOKEN": SECRET})))
+    logger = logging.Logger("test")
+    logger.addHandler(handler)
+    return logger, stream
+
+
+def test_messages_and_arguments(log):
+    logger, stream = log
+    logger.info(f"in the message {SECRET}")
+    logger.info("in the arguments %s and %r", SECRET, {"token": SECRET})
+    logger.info("in a mapping %(token)s", {"token": SECRET})
+    logger.info("across " + SECRET[:8] + "%s", SECRET[8:])
+    lines = stream.getvalue().splitlines()
+    assert lines == [
+        f"in the message {MASK}",
+        f"in the arguments {MASK} and {{'token': '{MASK}'}}",
+        f"in a mapping {MASK}",
+        f"across {MASK}",
+    ]
+
+
+def test_exceptions_and_their_causes(log):
+    logger, stream = log
+    try:
+        try:
+            raise KeyError(SECRET)
+        except KeyError as error:
+            raise RuntimeError(f"with {SECRET}") from error
+    except RuntimeError:
+        logger.exception("failed")
+    text = stream.getvalue()
+    assert f"RuntimeError: with {MASK}" in text
+    assert f"KeyError: '{MASK}'" in text
+    assert SECRET not in text
+
+
+def test_an_exception_as_argument_and_stack(log):
+    logger, stream = log
+    logger.warning("caught %s", ValueError(SECRET), stack_info=True)
+    assert stream.getvalue().startswith(f"caught {MASK}\nStack")
+
+
+def test_arguments_that_do_not_fit_are_shown_not_lost(log):
+    logger, stream = log
+    logger.info("two %s %s", SECRET)
+    assert stream.getvalue() == f"two %s %s ('{MASK}',)\n"
