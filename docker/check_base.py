@@ -6,7 +6,7 @@
 import sys
 from importlib.metadata import PackageNotFoundError, distribution
 
-if sys.version_info < (3, 11):
+if sys.version_info < (3, 11):  # noqa: UP036 - it is the base image that may be older
     sys.exit(f"error: BASE_IMAGE has Python {sys.version.split()[0]}, and 3.11 or newer is needed")
 try:
     torch = distribution("torch")
