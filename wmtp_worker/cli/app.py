@@ -40,9 +40,15 @@ def wmtp(
 ) -> None:
     """Train language models by weighted multi-token prediction, on machines that may vanish at any moment.
 
-    [bold]First steps[/bold]
+    wmtp doctor                             [dim]is this machine fit to train?[/dim]
 
-    wmtp doctor                                   is this machine fit to train?
+    wmtp train --preset smoke               [dim]a whole run in under a minute[/dim]
 
-    wmtp settings show --preset smoke             every setting, and where it comes from
+    wmtp train --preset smoke               [dim]again: goes on where it was stopped[/dim]
+
+    wmtp checkpoints ls baseline-smoke      [dim]what is saved of it[/dim]
+
+    wmtp settings show --preset production  [dim]every setting and its source[/dim]
+
+    The environment and .env set what the command line does not: WMTP_PRESET, WMTP_WORKDIR, … (docs/settings.md).
     """
