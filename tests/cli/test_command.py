@@ -131,6 +131,19 @@ def test_an_error_becomes_one_line_and_its_exit_code(crash, kind, code, start):
     assert done.stderr == f"{start}it says *** (from a.py:1) -> do it\n"
 
 
+def test_on_a_terminal_the_word_stands_out_and_brackets_stay():
+    ours, theirs = os.openpty()
+    body = "from wmtp_worker.errors import *; raise InputError('model.path=[bold] is long ' + 'x' * 200)"
+    command = [sys.executable, "-c", CRASHING, "crash", body]
+    done = subprocess.run(command, stderr=theirs, timeout=60, env=surroundings(TERM="xterm", NO_COLOR=""))
+    os.close(theirs)
+    shown = os.read(ours, 10_000).decode()
+    os.close(ours)
+    assert done.returncode == 78
+    assert shown.startswith("\x1b[")
+    assert f"model.path=[bold] is long {'x' * 200}\r\n" in shown
+
+
 def test_a_full_disk_is_no_bug(crash):
     done = crash("f = open('/dev/full', 'w'); f.write('x'); f.flush()")
     assert done.returncode == 78

@@ -1,5 +1,8 @@
 """Devices and threads, with torch as it is here."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -46,3 +49,9 @@ def test_facts():
     assert facts["device"] == "cpu"
     assert facts["torch"] == torch.__version__
     assert facts["threads"] == torch.get_num_threads()
+
+
+def test_torch_is_imported_only_when_it_is_used():
+    rooms = "wmtp_worker.settings, wmtp_worker.redact, wmtp_worker.host.device, wmtp_worker.host.doctor"
+    code = f"import sys, {rooms}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

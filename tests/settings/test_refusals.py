@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -201,12 +202,27 @@ def test_an_empty_yaml_file_changes_nothing(elsewhere):
     assert load(recipe="mine.yaml", environ={}).identity() == load(environ={}).identity()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_yaml_file_without_permission(elsewhere):
-    path = elsewhere / "mine.yaml"
-    path.write_text("")
-    path.chmod(0)
-    assert "cannot be read: Permission denied" in refusal(preset="mine.yaml")
+def test_a_yaml_file_without_permission():
+    with tempfile.NamedTemporaryFile(suffix=".yaml") as file:
+        os.chmod(file.name, 0)
+        us = os.geteuid()
+        if us == 0:
+            os.seteuid(65534)  # root may read everything
+        try:
+            text = refusal(preset=file.name)
+        finally:
+            os.seteuid(us)
+    assert f"{file.name} cannot be read: Permission denied" in text
+
+
+def test_a_current_directory_that_is_gone(elsewhere):
+    gone = elsewhere / "gone"
+    gone.mkdir()
+    os.chdir(gone)
+    gone.rmdir()
+    assert "run.workdir='./work' is relative to a current directory that is gone" in refusal()
+    assert load(overrides=["run.workdir=/work"], environ={}).flat()
+    os.chdir(elsewhere)
 
 
 def test_a_settings_error_ends_the_command_with_78():

@@ -7,25 +7,25 @@ import typer
 Recipe = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME|FILE", help="What is trained: a recipe's name, or a .yaml file. [dim]baseline[/dim]"
+        metavar="NAME|FILE", help="What is trained: a recipe's name, or a .yaml file. [dim]Default: baseline.[/dim]"
     ),
 ]
 Preset = Annotated[
     str | None,
     typer.Option(
         metavar="NAME|FILE",
-        help="How large: smoke, local-light, production, or a .yaml file. [dim]local-light[/dim]",
+        help="How large: smoke, local-light, production, or a .yaml file. [dim]Default: local-light.[/dim]",
     ),
 ]
 RunName = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Name of the run and of its folders. [dim]<recipe>-<preset>[/dim]"),
+    typer.Option(metavar="NAME", help="Name of the run and of its folders. [dim]Default: <recipe>-<preset>.[/dim]"),
 ]
 Resume = Annotated[
     str | None,
     typer.Option(
         metavar="auto|never|STEP",
-        help="Go on from the newest good checkpoint, start anew, or take one step. [dim]auto[/dim]",
+        help="Go on from the newest good checkpoint, start anew, or take one step. [dim]Default: auto.[/dim]",
     ),
 ]
 Set = Annotated[

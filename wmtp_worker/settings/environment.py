@@ -49,7 +49,7 @@ def read_env_file(environ: Mapping[str, str], problems: list[Problem]) -> dict[s
     """Variable to (value, `file:line`) of $WMTP_ENV_FILE, or of ./.env if there is one."""
     named = environ.get("WMTP_ENV_FILE")
     path = Path(os.path.expanduser(named)) if named else Path(".env")
-    if not named and not path.is_file():
+    if not named and not os.path.isfile(path):
         return {}
     try:
         with open(path, encoding="utf-8") as file:

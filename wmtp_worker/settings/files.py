@@ -109,5 +109,5 @@ def display(path: Path) -> str:
     """The path as a person would type it here."""
     try:
         return str(path.absolute().relative_to(Path.cwd()))
-    except ValueError:
+    except (ValueError, OSError):  # elsewhere, or the current directory is gone
         return str(path)

@@ -37,7 +37,11 @@ def _resume(value: object) -> object:
 def _workdir(value: object) -> object:
     if not isinstance(value, str | Path) or not str(value).strip() or "\0" in str(value):
         raise ValueError("is no path; name a folder that may be created and written")
-    return Path(os.path.expanduser(value)).absolute()  # Path.expanduser would raise for an unknown ~user
+    path = Path(os.path.expanduser(value))  # Path.expanduser would raise for an unknown ~user
+    try:
+        return path.absolute()
+    except OSError as error:
+        raise ValueError("is relative to a current directory that is gone; name a folder from / on") from error
 
 
 def _provider(value: object) -> object:
