@@ -71,8 +71,9 @@ def load(folder: Path, heads: int) -> MTPForCausalLM:
             output_loading_info=True,
         )
     except Exception as error:  # a broken folder raises anything: SafetensorError, KeyError, ImportError, …
+        reason = " ".join(str(error).split())  # some are several lines long
         raise InputError(
-            f"the model does not load: {type(error).__name__}: {error}",
+            f"the model does not load: {type(error).__name__}: {reason}",
             where=f"folder {folder}",
             fix="check or replace the folder's files",
         ) from error
