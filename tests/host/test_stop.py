@@ -105,7 +105,7 @@ def test_the_signals_are_given_back():
     before = [signal.getsignal(number) for number in SIGNALS]
     with StopRequest() as stop:
         stop.install()
-        assert [signal.getsignal(number) for number in SIGNALS] == [stop._on_signal] * 2
+        assert [signal.getsignal(number) for number in SIGNALS] == [stop._on_signal] * len(SIGNALS)
         signal.raise_signal(signal.SIGTERM)
         assert stop.reason == "SIGTERM"
     assert [signal.getsignal(number) for number in SIGNALS] == before
@@ -124,3 +124,14 @@ def test_importing_it_is_quick_and_brings_no_third_party():
 def test_there_is_one_for_the_process():
     assert isinstance(STOP, StopRequest)
     assert not STOP.requested
+
+
+def test_nohup_keeps_its_meaning():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.requested
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

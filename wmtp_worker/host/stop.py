@@ -12,7 +12,9 @@ from typing import Self
 
 from wmtp_worker.errors import Interrupted
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# SIGHUP is a dropped ssh session
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_NOHUP = (signal.SIGHUP, signal.SIG_IGN)
 
 
 class StopRequest:
@@ -46,9 +48,13 @@ class StopRequest:
             raise Interrupted(f"stopped by {self._reason}", fix="the same command goes on from what is saved")
 
     def install(self) -> None:
-        """Take over SIGTERM and SIGINT; a second call changes nothing."""
+        """Take over SIGTERM, SIGINT and SIGHUP; a second call changes nothing.
+
+        A SIGHUP that is ignored already stays so: that is what `nohup` is for.
+        """
         if not self._before:
-            self._before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+            wanted = [number for number in SIGNALS if (number, signal.getsignal(number)) != _NOHUP]
+            self._before = {number: signal.signal(number, self._on_signal) for number in wanted}
 
     def uninstall(self) -> None:
         """Give the signals back to whoever had them and forget any request."""

@@ -11,6 +11,7 @@ from typing import Any
 from wmtp_worker.errors import DiskFullError, InputError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 TEMPORARY_PREFIX = ".tmp-"
 
 
@@ -67,7 +68,7 @@ def write_json(path: Path, document: Any) -> None:
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn "no space left" and "permission denied" into the worker's own errors.
+    """Turn "no space left" and "you may not write here" into the worker's own errors.
 
     safetensors and torch wrap the operating system's error in their own, so the text and the chain are searched.
     """
@@ -80,9 +81,9 @@ def disk_errors(folder: Path) -> Iterator[None]:
                 where=str(folder),
                 fix="free some space, or set WMTP_WORKDIR to a larger disk",
             ) from error
-        if isinstance(error, PermissionError):
+        if isinstance(error, OSError) and error.errno in _REFUSED:
             raise InputError(
-                f"no permission to write {error.filename or folder}",
+                f"cannot write {error.filename or folder}: {os.strerror(error.errno)}",
                 where=f"folder {folder}",
                 fix="give the worker's user write access, or set WMTP_WORKDIR to a folder it may write",
             ) from error

@@ -9,9 +9,7 @@ import time
 import torch
 from rich.console import Console
 
-from wmtp_worker.checkpoint import store
 from wmtp_worker.data.packing import IGNORE
-from wmtp_worker.errors import TrainingDiverged
 from wmtp_worker.tracking.console import StepBar
 from wmtp_worker.training.loss import head_losses_backward, mtp_labels
 from wmtp_worker.training.schedule import learning_rate
@@ -76,7 +74,7 @@ def train_step(session: Session) -> str:
     head_loss = losses.tolist()
     loss = sum(head_loss) / model.heads
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise _diverged(session, loss, norm)
+        raise session.diverged(f"the loss is {loss}, the gradient's norm {norm}")
     session.optimizer.step()
 
     tokens = sum(batch.real_tokens for batch in batches)
@@ -138,14 +136,3 @@ def run_validation(session: Session) -> None:
     if 0 < stopping.patience <= progress.without_improvement and not session.finished:
         progress.stopped_early = True
         log.info("stopping early: no improvement in %d validations", progress.without_improvement)
-
-
-def _diverged(session: Session, loss: float, norm: float) -> TrainingDiverged:
-    saved = store.steps(session.paths)
-    good = str(session.paths.step(saved[-1])) if saved else "there is none"
-    return TrainingDiverged(
-        f"the loss is {loss} and the gradient's norm {norm} at step {session.progress.step + 1}; "
-        f"the last good checkpoint: {good}",
-        where=f"run {session.paths.run}",
-        fix="lower training.lr, lengthen training.warmup_steps or set training.grad_clip, under another --run-name",
-    )

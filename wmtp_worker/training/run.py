@@ -12,6 +12,7 @@ from wmtp_worker.checkpoint.lock import run_lock
 from wmtp_worker.checkpoint.store import sweep
 from wmtp_worker.errors import Interrupted
 from wmtp_worker.host.stop import StopRequest
+from wmtp_worker.host.workdir import prepare
 from wmtp_worker.settings import Settings
 from wmtp_worker.storage.layout import RunPaths
 from wmtp_worker.tracking.console import logging_to
@@ -64,6 +65,7 @@ def run(settings: Settings, stop: StopRequest, console: Console) -> Summary:
     """
     started = time.perf_counter()
     paths = RunPaths(settings.run.workdir, settings.run.name)
+    prepare(paths.workdir)
     with run_lock(paths.lock), logging_to(paths.training_log, settings.logging.level, console):
         try:
             for name in sweep(paths):
@@ -76,15 +78,23 @@ def run(settings: Settings, stop: StopRequest, console: Console) -> Summary:
                 _train_or_save(session, console)
                 stop.check()
                 heartbeat.beat("export", step=session.progress.step)
-                if session.progress.step > first or not paths.final.exists():
+                if not paths.final.exists():
                     session.export(best=False)
-                    draw(paths.metrics, paths.report, paths.run)
+                _draw(paths)
                 heartbeat.beat("done", step=session.progress.step)
             return _summary(session, first, time.perf_counter() - started)
         except Exception as error:
             # the console shows it too, by the command line; the file is what is left after the machine is gone
             log.debug("ended by %s", error, exc_info=True)
             raise
+
+
+def _draw(paths: RunPaths) -> None:
+    try:
+        draw(paths.metrics, paths.report, paths.run)
+    except Exception as error:
+        # the training is done and saved: a picture that fails must not make it look otherwise
+        log.warning("no picture: %s", error)
 
 
 def _train_or_save(session: Session, console: Console) -> None:

@@ -18,7 +18,7 @@ from wmtp_worker.checkpoint.store import Snapshot
 from wmtp_worker.data.packing import Batch, collate
 from wmtp_worker.data.sampler import PackedSampler, Position
 from wmtp_worker.data.tokenizer import Sample
-from wmtp_worker.errors import InputError
+from wmtp_worker.errors import InputError, TrainingDiverged
 from wmtp_worker.host.stop import StopRequest
 from wmtp_worker.model.loading import load_tensors, tensors
 from wmtp_worker.model.mtp import MTPForCausalLM
@@ -110,8 +110,13 @@ class Session:
         return self.progress.stopped_early or self.progress.step >= self.settings.training.max_steps
 
     def save(self) -> None:
-        """Write `step_N`, then drop checkpoints beyond `checkpoint.keep_last`. Raises `DiskFullError`."""
+        """Write `step_N`, then drop checkpoints beyond `checkpoint.keep_last`.
+
+        Raises `DiskFullError`, and `TrainingDiverged` rather than save weights that are not finite.
+        """
         started = time.perf_counter()
+        if not all(torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).tolist()):
+            raise self.diverged("the weights are not finite")
         self.heartbeat.beat("save", step=self.progress.step)
         self.progress.metrics_size = self.metrics.sync()
         self.progress.saved_at = self.progress.step
@@ -177,6 +182,16 @@ class Session:
                 fix="set them back, choose another --run-name, start anew with --resume never, "
                 "or list the keys in run.accept_changes",
             )
+
+    def diverged(self, what: str) -> TrainingDiverged:
+        """The error that ends the run, naming the newest checkpoint: all that was saved is finite."""
+        saved = store.steps(self.paths)
+        good = str(self.paths.step(saved[-1])) if saved else "there is none"
+        return TrainingDiverged(
+            f"{what} after step {self.progress.step}; the last good checkpoint: {good}",
+            where=f"run {self.paths.run}",
+            fix="lower training.lr, lengthen training.warmup_steps or set training.grad_clip, under another --run-name",
+        )
 
     def export(self, best: bool) -> None:
         """Write `best_model.pt` or `final.pt`, whole or not at all."""

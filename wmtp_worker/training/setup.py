@@ -133,23 +133,26 @@ def _optimizer(settings: Settings, model: MTPForCausalLM) -> torch.optim.AdamW:
 
 def _restore(session: Session) -> None:
     """Go on from the checkpoint that `run.resume` asks for; whatever that makes obsolete is set aside, not deleted."""
-    paths, resume, progress = session.paths, session.settings.run.resume, session.progress
+    paths, resume = session.paths, session.settings.run.resume
     checkpoint = find(paths, resume)
     if checkpoint is not None:
         session.restore(checkpoint)
-        progress = session.progress
         log.info("resuming from %s", checkpoint.folder)
-        if resume == "auto":
-            return  # newer ones did not verify: they stay in place until their step is reached again
-    obsolete = [paths.step(step) for step in store.steps(paths) if step > progress.step]
-    if checkpoint is None and resume == "auto" and obsolete:
+    obsolete = [paths.step(step) for step in store.steps(paths) if step > session.progress.step]
+    if checkpoint is not None and (resume == "auto" or not obsolete):
+        # newer ones did not verify and stay for inspection; final.pt stands for a finished run only
+        if not session.finished:
+            paths.final.unlink(missing_ok=True)
+        return
+    if obsolete and resume == "auto":
         log.warning("no checkpoint of run %r verifies: starting from step 0", paths.run)
-    if obsolete or resume == "never":
+    if obsolete or resume == "never" or paths.final.exists():
         obsolete += [path for path in (paths.best, paths.final) if path.exists()]
-    if obsolete and checkpoint is None:
-        obsolete += [path for path in (paths.metrics, paths.report) if path.exists()]
+        if checkpoint is None:
+            obsolete += [path for path in (paths.metrics, paths.report) if path.exists()]
     if obsolete:
-        progress.best_loss = None  # the best model is set aside too
+        # the best model is set aside too: the next validation finds a new one
+        session.progress.best_loss, session.progress.validated_at, session.progress.without_improvement = None, 0, 0
         log.info("set aside %d items of the earlier run in %s", len(obsolete), store.set_aside(paths, obsolete))
 
 

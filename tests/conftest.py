@@ -1,0 +1,119 @@
+"""Shared by all tests: runs so small that they take a second, and what they leave, made comparable."""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from wmtp_worker.host.stop import StopRequest
+from wmtp_worker.settings import load
+from wmtp_worker.storage.layout import RunPaths
+
+TINY_RUN = "tiny"
+# twelve steps with every kind of event between them: validations, saves, pruning, several epochs' borders
+TINY = (
+    "model.hidden_size=32",
+    "model.intermediate_size=48",
+    "model.layers=3",
+    "model.attention_heads=2",
+    "model.key_value_heads=1",
+    "model.heads=2",
+    "data.sequence_length=320",
+    "training.micro_batch_size=1",
+    "training.accumulation=2",
+    "training.max_steps=12",
+    "training.warmup_steps=2",
+    "evaluation.every=4",
+    "evaluation.max_batches=2",
+    "checkpoint.every=3",
+    "checkpoint.keep_last=2",
+    "logging.every=4",
+    "host.threads=1",
+    "host.device=cpu",
+)
+
+
+# what the tests themselves are told by
+FOR_THE_TESTS = ("WMTP_TEST_DATA", "WMTP_BASE_IMAGE", "WMTP_REQUIRE_CONTAINERS", "WMTP_VENV")
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch):
+    """No setting of the person who runs the tests reaches the code under test."""
+    for name in list(os.environ):
+        if name.startswith(("WMTP_", "CLOUD_")) and name not in FOR_THE_TESTS:
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def tiny_settings() -> tuple[str, ...]:
+    """`--set` values of a run that takes about a second."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def tiny_run() -> Callable[..., Any]:
+    """Train the tiny run in this process: `tiny_run(workdir, *overrides, stop=…, resume=…)` returns the summary."""
+
+    def train(workdir: Path, *overrides: str, stop: StopRequest | None = None, resume: Any = "auto") -> Any:
+        from wmtp_worker.training.run import run
+
+        settings = load(
+            overrides=[*TINY, *overrides],
+            options={"run.name": TINY_RUN, "run.workdir": str(workdir), "run.resume": resume},
+            environ={},
+        )
+        return run(settings, stop or StopRequest(), Console(file=io.StringIO()))
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def run_record() -> Callable[..., dict[str, Any]]:
+    """Everything about a finished run that must not depend on how often it was interrupted."""
+
+    def record(workdir: Path, run: str = TINY_RUN) -> dict[str, Any]:
+        from wmtp_worker.tracking.metrics import read
+
+        paths = RunPaths(workdir, run)
+        timeless = [{key: value for key, value in line.items() if key != "seconds"} for line in read(paths.metrics)]
+        last = max(paths.checkpoints.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
+        progress = json.loads((last / "state.json").read_text())["progress"]
+        # its length depends on the digits of the measured seconds
+        del progress["metrics_size"]
+        files = (last / "model.safetensors", last / "optimizer.safetensors", paths.final, paths.best)
+        return {
+            "metrics": timeless,
+            "progress": progress,
+            "files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
+        }
+
+    return record
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory) -> Path:
+    """A Llama folder as transformers saves it, with the packaged tokenizer, 512 positions."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from wmtp_worker.data.tokenizer import PACKAGED, load_tokenizer
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    config = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    load_tokenizer(PACKAGED).save_pretrained(folder)
+    return folder

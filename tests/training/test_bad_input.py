@@ -1,0 +1,173 @@
+"""What a person may get wrong: one clear error, the right exit code, no traceback, nothing lost."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from wmtp_worker.cli import main
+from wmtp_worker.host.stop import STOP
+
+PROBLEM = {"task_id": 1, "text": "Say one.", "code": "print(1)", "test_list": ["assert True or 1"]}
+
+
+@pytest.fixture
+def wmtp(capsys, monkeypatch, tmp_path, tiny_settings):
+    """Run a command in this process; returns (exit code, what it printed)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WMTP_WORKDIR", str(tmp_path / "work"))
+
+    def run(*arguments: str) -> tuple[int, str]:
+        if arguments[0] == "train":
+            # a model from a folder brings its own shape
+            given = any(argument.startswith("model.path=") for argument in arguments)
+            settings = [item for item in tiny_settings if not (given and item.startswith("model."))]
+            # the last one wins: what the test sets
+            arguments = ("train", *(part for item in settings for part in ("--set", item)), *arguments[1:])
+        try:
+            code = main(arguments)
+        finally:
+            STOP.uninstall()
+        output = capsys.readouterr()
+        return code, output.out + output.err
+
+    return run
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mount a file system of so many kilobytes."""
+    mounted = []
+
+    def mount(kilobytes: int) -> Path:
+        folder = tmp_path / "small"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
+        if os.getuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
+            pytest.skip("mounting a small file system needs root")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def refused(result: tuple[int, str], *expected: str, code: int = 78) -> None:
+    assert result[0] == code, result[1]
+    assert "Traceback" not in result[1]
+    for text in expected:
+        assert text in result[1]
+
+
+def test_the_disk_is_too_small_from_the_start(wmtp, small_disk, monkeypatch):
+    monkeypatch.setenv("WMTP_WORKDIR", str(small_disk(400)))
+    refused(wmtp("train"), "a checkpoint needs", "WMTP_WORKDIR")
+
+
+def test_the_disk_fills_up_while_training(wmtp, small_disk, monkeypatch):
+    folder = small_disk(4000)
+    monkeypatch.setenv("WMTP_WORKDIR", str(folder))
+    # every step is kept: room for some, not for all
+    result = wmtp("train", "--run-name", "full", "--set", "checkpoint.every=1", "--set", "checkpoint.keep_last=99")
+    refused(result, "the disk is full", str(folder))
+    assert not list((folder / "checkpoints" / "full").glob(".tmp-*"))
+    # what had been saved is whole: with room again it goes on to the end
+    code, listed = wmtp("checkpoints", "verify", "full", "--json")
+    assert code == 0
+    assert len(json.loads(listed)) >= 2
+    subprocess.run(["mount", "-o", "remount,size=20000k", str(folder)], check=True)
+    assert wmtp("train", "--run-name", "full")[0] == 0
+
+
+def test_a_work_directory_that_is_a_file(wmtp, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("WMTP_WORKDIR", str(tmp_path / "file"))
+    refused(wmtp("train"), str(tmp_path / "file"), "WMTP_WORKDIR")
+
+
+def test_a_read_only_work_directory(wmtp, small_disk, monkeypatch):
+    folder = small_disk(4000)
+    subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+    monkeypatch.setenv("WMTP_WORKDIR", str(folder))
+    refused(wmtp("train"), str(folder), "WMTP_WORKDIR")
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
+def test_a_work_directory_without_permission(wmtp, tmp_path, monkeypatch):
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o500)
+    monkeypatch.setenv("WMTP_WORKDIR", str(closed))
+    refused(wmtp("train"), str(closed), "WMTP_WORKDIR")
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [("", "empty line"), ("{", "malformed"), ('{"task_id": 1, "text": "x"}', "code: Field required"), ("[1]", "malf")],
+)
+def test_a_bad_line_of_data(line, problem, wmtp, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    good = json.dumps(PROBLEM)
+    (folder / "train.jsonl").write_text(f"{good}\n{line}\n{good}\n")
+    (folder / "validation.jsonl").write_text(f"{good}\n")
+    refused(wmtp("train", "--set", f"data.dataset={folder}"), problem, f"{folder}/train.jsonl, line 2")
+
+
+def test_a_data_set_that_is_not_there(wmtp, tmp_path):
+    refused(wmtp("train", "--set", "data.dataset=mbbp"), "data.dataset='mbbp'", str(tmp_path / "work/datasets/mbbp"))
+
+
+def test_samples_that_do_not_fit(wmtp):
+    refused(wmtp("train", "--set", "data.sequence_length=64"), "longer than data.sequence_length=64")
+
+
+def test_a_sequence_longer_than_the_model(wmtp, tmp_path, tiny_model_folder):
+    result = wmtp("train", "--set", f"model.path={tiny_model_folder}", "--set", "data.sequence_length=2048")
+    refused(result, "data.sequence_length=2048", "512")
+
+
+def test_a_model_that_is_not_there(wmtp):
+    refused(wmtp("train", "--set", "model.path=7b_1t_4"), "model.path='7b_1t_4'", "models/7b_1t_4")
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "a..b", "-x", "a b"])
+def test_a_run_name_that_is_no_name(name, wmtp):
+    refused(wmtp("train", f"--run-name={name}"), "run.name")
+
+
+@pytest.mark.parametrize("step", ["last", "-1", "1.5"])
+def test_a_resume_that_is_no_step(step, wmtp):
+    refused(wmtp("train", f"--resume={step}"), "run.resume")
+
+
+def test_a_run_that_is_not_there(wmtp):
+    refused(wmtp("checkpoints", "ls", "nothing"), "no run 'nothing'")
+    refused(wmtp("evaluate", "nothing"), "no final.pt")
+
+
+def test_a_damaged_checkpoint_is_reported_by_verify(wmtp, tmp_path):
+    assert wmtp("train", "--run-name", "x")[0] == 0
+    folder = tmp_path / "work/checkpoints/x/step_12"
+    (folder / "config.json").write_text("{}")
+    code, listed = wmtp("checkpoints", "verify", "x", "--json")
+    assert code == 78
+    assert [item["status"] for item in json.loads(listed)] == ["verified", "damaged"]
+    assert "config.json has 2 bytes" in json.loads(listed)[1]["problem"]
+    refused(wmtp("train", "--run-name", "x", "--resume", "12"), "config.json has 2 bytes", "--resume auto")
+
+
+def test_a_manifest_that_points_outside_its_folder(wmtp, tmp_path):
+    assert wmtp("train", "--run-name", "x")[0] == 0
+    path = tmp_path / "work/checkpoints/x/step_12/manifest.json"
+    path.write_text(path.read_text().replace('"state.json"', '"../../../secret"'))
+    refused(wmtp("train", "--run-name", "x", "--resume", "12"), "outside its folder")
+
+
+def test_weights_that_are_not_ours(wmtp, tmp_path):
+    assert wmtp("train", "--run-name", "x")[0] == 0
+    (tmp_path / "work/checkpoints/x/final.pt").write_bytes(b"no weights")
+    refused(wmtp("evaluate", "x"), "final.pt does not load")
+    refused(wmtp("evaluate", "x", "--weights", "worst"), "'worst' names no weights")

@@ -1,0 +1,246 @@
+"""Whole tiny runs in this process: what they leave, how they resume, how they end."""
+
+import fcntl
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from wmtp_worker.errors import CheckpointError, InputError, Interrupted, RunHeldError, TrainingDiverged
+from wmtp_worker.host.stop import StopRequest
+from wmtp_worker.storage.layout import RunPaths
+from wmtp_worker.tracking.metrics import read
+
+
+class StopAfter(StopRequest):
+    """Asks for a stop at the n-th time it is polled."""
+
+    def __init__(self, polls):
+        super().__init__()
+        self._polls = polls
+
+    def check(self):
+        self._polls -= 1
+        if self._polls == 0:
+            self.request("test")
+        super().check()
+
+
+@pytest.fixture
+def paths(tmp_path):
+    return RunPaths(tmp_path, "tiny")
+
+
+def steps(paths):
+    return sorted(int(path.name.removeprefix("step_")) for path in paths.checkpoints.glob("step_*"))
+
+
+def test_a_run_leaves_everything_a_person_looks_for(tiny_run, tmp_path, paths):
+    summary = tiny_run(tmp_path)
+    assert (summary.step, summary.steps_taken, summary.resumed_from) == (12, 12, None)
+    assert steps(paths) == [9, 12]  # keep_last=2
+    assert set(summary.files) == {"picture", "metrics", "log", "final model", "best model", "checkpoints"}
+    assert paths.report.read_bytes().startswith(b"\x89PNG")
+    final = torch.load(paths.final, weights_only=True)
+    best = torch.load(paths.best, weights_only=True)
+    assert final["step"] == 12
+    assert best["step"] == summary.best_step
+    assert best["validation"]["loss"] == summary.best_loss
+    assert json.loads(paths.heartbeat.read_text())["phase"] == "done"
+    assert "step 12/12" in paths.training_log.read_text()
+    assert not list(paths.checkpoints.glob(".tmp-*"))
+
+
+def test_the_loss_falls(tiny_run, tmp_path, paths):
+    tiny_run(tmp_path, "training.max_steps=30", "training.lr=1e-2", "evaluation.every=0")
+    losses = [record["loss"] for record in read(paths.metrics) if record["kind"] == "train"]
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+
+
+def test_a_checkpoint_tells_what_made_it(tiny_run, tmp_path, paths):
+    tiny_run(tmp_path)
+    manifest = json.loads((paths.step(12) / "manifest.json").read_text())
+    assert manifest["format_version"] == 1
+    assert manifest["run"] == "tiny"
+    assert manifest["world_size"] == 1
+    assert set(manifest["files"]) == {
+        "model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+        "settings.json",
+        "config.json",
+    }
+    resolved = json.loads((paths.step(12) / "settings.json").read_text())["resolved"]
+    assert resolved["training.max_steps"] == 12
+
+
+def test_a_finished_run_is_left_as_it_is(tiny_run, run_record, tmp_path):
+    tiny_run(tmp_path)
+    before = run_record(tmp_path)
+    again = tiny_run(tmp_path)
+    assert again.steps_taken == 0
+    assert run_record(tmp_path) == before
+
+
+def test_auto_passes_over_damaged_checkpoints_loudly(tiny_run, run_record, tmp_path, paths):
+    tiny_run(tmp_path)
+    expected = run_record(tmp_path)
+    model = paths.step(12) / "model.safetensors"
+    model.write_bytes(model.read_bytes()[:-1])
+    summary = tiny_run(tmp_path)
+    assert summary.resumed_from == 9
+    log = paths.training_log.read_text()
+    assert "passed over checkpoint step_12: model.safetensors has" in log
+    assert run_record(tmp_path) == expected
+    # the damaged one is kept for inspection, out of the way of the one that took its place
+    assert [path.name for path in paths.checkpoints.glob("set-aside-*/step_12")] == ["step_12"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "settings.json"])
+def test_one_changed_byte_is_noticed(name, tiny_run, tmp_path, paths):
+    tiny_run(tmp_path, "training.max_steps=3")
+    content = bytearray((paths.step(3) / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (paths.step(3) / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{name} was changed"):
+        tiny_run(tmp_path, "training.max_steps=3", resume=3)
+
+
+def test_when_none_verifies_the_run_starts_anew_and_keeps_the_old(tiny_run, run_record, tmp_path, paths):
+    tiny_run(tmp_path)
+    expected = run_record(tmp_path)
+    for step in steps(paths):
+        (paths.step(step) / "optimizer.safetensors").unlink()
+    summary = tiny_run(tmp_path)
+    assert summary.resumed_from is None
+    assert run_record(tmp_path) == expected
+    assert "no checkpoint of run 'tiny' verifies" in paths.training_log.read_text()
+    kept = {path.name for path in paths.checkpoints.glob("set-aside-*/*")}
+    assert kept == {"step_9", "step_12", "best_model.pt", "final.pt", "metrics.jsonl", "report.png"}
+
+
+def test_a_newer_format_is_never_passed_over(tiny_run, tmp_path, paths):
+    tiny_run(tmp_path)
+    manifest = paths.step(12) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 2'))
+    with pytest.raises(CheckpointError, match="format 2 is newer"):
+        tiny_run(tmp_path)
+    assert steps(paths) == [9, 12]
+
+
+def test_never_sets_the_old_run_aside(tiny_run, run_record, tmp_path, paths):
+    tiny_run(tmp_path)
+    expected = run_record(tmp_path)
+    assert tiny_run(tmp_path, resume="never").steps_taken == 12
+    assert run_record(tmp_path) == expected
+    kept = {path.name for path in paths.checkpoints.glob("set-aside-*/*")}
+    assert kept == {"step_9", "step_12", "best_model.pt", "final.pt", "metrics.jsonl", "report.png"}
+
+
+def test_a_wanted_step_goes_back_to_it(tiny_run, tmp_path, paths):
+    tiny_run(tmp_path)
+    first = torch.load(paths.final, weights_only=True)["model"]
+    summary = tiny_run(tmp_path, resume=9)
+    assert (summary.resumed_from, summary.steps_taken) == (9, 3)
+    second = torch.load(paths.final, weights_only=True)["model"]
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert [path.name for path in paths.checkpoints.glob("set-aside-*/step_*")] == ["step_12"]
+
+
+def test_a_step_that_is_not_there(tiny_run, tmp_path):
+    tiny_run(tmp_path)
+    with pytest.raises(InputError, match=r"no checkpoint of step 7.*its steps \(9, 12\)"):
+        tiny_run(tmp_path, resume=7)
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("training.lr=2e-3", "training.lr"),
+        ("model.hidden_size=64", "model.hidden_size"),
+        ("model.heads=3", "model.heads"),
+        ("run.seed=7", "run.seed"),
+        ("training.max_steps=15", "training.max_steps"),
+    ],
+)
+def test_other_settings_are_named(override, key, tiny_run, tmp_path):
+    tiny_run(tmp_path)
+    with pytest.raises(InputError, match=rf"made with other settings: {key}: .* in the checkpoint, .* now"):
+        tiny_run(tmp_path, override)
+
+
+def test_other_data_is_named(tiny_run, tmp_path):
+    tiny_run(tmp_path)
+    folder = tmp_path / "datasets" / "mine"
+    folder.mkdir(parents=True)
+    line = json.dumps({"task_id": 1, "text": "Say one.", "code": "print(1)"}) + "\n"
+    (folder / "train.jsonl").write_text(line)
+    (folder / "validation.jsonl").write_text(line)
+    with pytest.raises(InputError, match=r"data \(sha256\)"):
+        tiny_run(tmp_path, "data.dataset=mine")
+
+
+def test_an_accepted_change_extends_a_finished_run(tiny_run, tmp_path, paths):
+    tiny_run(tmp_path)
+    summary = tiny_run(tmp_path, "training.max_steps=15", "run.accept_changes=[training.max_steps]")
+    assert (summary.resumed_from, summary.step) == (12, 15)
+    assert torch.load(paths.final, weights_only=True)["step"] == 15
+
+
+def test_what_does_not_matter_may_change(tiny_run, tmp_path):
+    tiny_run(tmp_path, "training.max_steps=6", "checkpoint.every=3", "logging.every=4")
+    assert tiny_run(tmp_path, "training.max_steps=6", "checkpoint.every=2", "logging.every=1").steps_taken == 0
+
+
+def test_two_workers_never_train_one_run(tiny_run, tmp_path, paths):
+    paths.checkpoints.mkdir(parents=True)
+    with paths.lock.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write(f"pid {os.getpid()} on here")
+        lock.flush()
+        with pytest.raises(RunHeldError, match=f"already being trained by pid {os.getpid()}") as error:
+            tiny_run(tmp_path)
+    assert error.value.exit_code == 79
+
+
+def test_nan_stops_before_it_reaches_the_weights(tiny_run, tmp_path, paths):
+    # a learning rate that blows up within a few steps
+    with pytest.raises(TrainingDiverged, match=r"the last good checkpoint: ") as error:
+        tiny_run(tmp_path, "training.lr=1e30", "training.grad_clip=0", "checkpoint.every=1", "training.warmup_steps=0")
+    assert error.value.exit_code == 78
+    newest = paths.step(steps(paths)[-1])
+    assert str(newest) in error.value.what
+    assert all(tensor.isfinite().all() for tensor in load_file(newest / "model.safetensors").values())
+
+
+def test_early_stopping_survives_a_resume(tiny_run, run_record, tmp_path):
+    settings = ("training.early_stopping.patience=1", "training.early_stopping.min_delta=100", "evaluation.every=2")
+    summary = tiny_run(tmp_path / "straight", *settings)
+    assert (summary.stopped_early, summary.step) == (True, 4)
+    # after the first validation, before the one that stops the run
+    with pytest.raises(Interrupted, match=r"saved: .*step_3"):
+        tiny_run(tmp_path / "interrupted", *settings, stop=StopAfter(13))
+    tiny_run(tmp_path / "interrupted", *settings)
+    assert run_record(tmp_path / "interrupted") == run_record(tmp_path / "straight")
+    assert tiny_run(tmp_path / "interrupted", *settings).steps_taken == 0
+
+
+def test_accumulation_and_one_large_batch_agree(tiny_run, tmp_path):
+    quick = ("training.max_steps=3", "evaluation.every=0")
+    tiny_run(tmp_path / "a", *quick, "training.micro_batch_size=4", "training.accumulation=1")
+    tiny_run(tmp_path / "b", *quick, "training.micro_batch_size=1", "training.accumulation=4")
+    one, other = (
+        [record["loss"] for record in read(RunPaths(tmp_path / name, "tiny").metrics) if record["kind"] == "train"]
+        for name in "ab"
+    )
+    assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_bf16_trains_and_resumes_exactly(tiny_run, run_record, tmp_path):
+    tiny_run(tmp_path / "straight", "training.precision=bf16", "training.max_steps=6")
+    with pytest.raises(Interrupted, match=r"saved: .*step_4"):
+        tiny_run(tmp_path / "interrupted", "training.precision=bf16", "training.max_steps=6", stop=StopAfter(14))
+    tiny_run(tmp_path / "interrupted", "training.precision=bf16", "training.max_steps=6")
+    assert run_record(tmp_path / "interrupted") == run_record(tmp_path / "straight")
