@@ -1,0 +1,328 @@
+"""The sequential-head loss against plain formulas: labels, values, gradients, memory."""
+
+import math
+import re
+import weakref
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig
+
+from wmtp_worker.data.packing import IGNORE, Batch, collate
+from wmtp_worker.data.tokenizer import Sample
+from wmtp_worker.model.mtp import MTPForCausalLM, packed_attention_mask
+from wmtp_worker.training.loss import head_losses_backward, mtp_labels
+
+VOCABULARY = 64
+ROW = 16
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_model(heads: int, tied: bool = False, dtype: torch.dtype = torch.float32) -> MTPForCausalLM:
+    torch.manual_seed(heads)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        initializer_range=0.3,
+        n_future_tokens=heads,
+    )
+    return MTPForCausalLM(config).to(dtype)
+
+
+def sample(length: int, prompt_length: int, start: int = 1) -> Sample:
+    ids = (np.arange(length) * 13 + start * 29) % VOCABULARY
+    return Sample(ids.astype(np.int32), prompt_length)
+
+
+def four_rows() -> list[list[Sample]]:
+    return [
+        [sample(9, 3, 1), sample(5, 1, 2)],
+        [sample(16, 6, 3)],
+        [sample(2, 1, 4), sample(3, 2, 5), sample(7, 0, 6)],
+        [sample(4, 4, 7)],
+    ]
+
+
+def counts_of(targets: torch.Tensor) -> torch.Tensor:
+    return (targets != IGNORE).sum((0, 1)).clamp(min=1).to(torch.float32)
+
+
+def gradients(model: MTPForCausalLM) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def backward(
+    model: MTPForCausalLM,
+    rows: Sequence[Sequence[Sample]],
+    weights: torch.Tensor | None = None,
+    precision: str = "fp32",
+    counts: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`head_losses_backward` as the loop calls it, uniform weights unless given."""
+    batch = collate(rows, ROW, pad_id=0)
+    targets = mtp_labels(batch.labels, batch.segment_ids, model.heads)
+    weights = (targets != IGNORE).float() if weights is None else weights
+    return head_losses_backward(
+        model, batch, targets, weights, counts_of(targets) if counts is None else counts, precision
+    )
+
+
+def stacked(model: MTPForCausalLM, batch: Batch, weights: torch.Tensor) -> torch.Tensor:
+    """The formula written down whole: all heads' logits at once, differentiated in one go. Returns [heads]."""
+    targets = mtp_labels(batch.labels, batch.segment_ids, model.heads)
+    trunk = model.trunk(batch.input_ids, batch.position_ids, packed_attention_mask(batch.segment_ids))
+    logits = torch.stack([model.head_logits(number, trunk) for number in range(1, model.heads + 1)], dim=2)
+    picked = logits.log_softmax(-1).gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    losses = torch.where(targets != IGNORE, -picked * weights, 0.0)
+    per_head = losses.sum((0, 1)) / counts_of(targets)
+    per_head.mean().backward()
+    return per_head.detach()
+
+
+# --- labels
+
+
+@given(
+    st.integers(1, 3).flatmap(
+        lambda rows: st.integers(1, 12).flatmap(
+            lambda time: st.tuples(
+                st.lists(
+                    st.lists(st.sampled_from([IGNORE, 0, 1, 63]), min_size=time, max_size=time),
+                    min_size=rows,
+                    max_size=rows,
+                ),
+                st.lists(
+                    st.lists(st.integers(0, 3), min_size=time, max_size=time).map(sorted), min_size=rows, max_size=rows
+                ),
+            )
+        )
+    ),
+    st.integers(1, 6),
+)
+@settings(deadline=None, max_examples=60)
+def test_labels_equal_a_slow_loop(case, heads):
+    labels, segments = case
+    expected = [
+        [
+            [row[t + k] if t + k < len(row) and segment[t + k] == segment[t] else IGNORE for k in range(1, heads + 1)]
+            for t in range(len(row))
+        ]
+        for row, segment in zip(labels, segments, strict=True)
+    ]
+    got = mtp_labels(torch.tensor(labels), torch.tensor(segments), heads)
+    assert got.dtype == torch.int64
+    assert got.tolist() == expected
+
+
+def test_labels_by_hand():
+    """Prompt 10 11, response 12 13; then prompt 20, response 21; then padding."""
+    batch = collate(
+        [[Sample(np.array([10, 11, 12, 13], np.int32), 2), Sample(np.array([20, 21], np.int32), 1)]], 7, pad_id=0
+    )
+    n = IGNORE
+    assert mtp_labels(batch.labels, batch.segment_ids, 3)[0].tolist() == [
+        [n, 12, 13],
+        [12, 13, n],
+        [13, n, n],
+        [n, n, n],
+        [21, n, n],
+        [n, n, n],
+        [n, n, n],
+    ]
+
+
+# --- values
+
+
+def test_loss_by_hand():
+    """With a zero unembedding every token costs ln 64, and d loss / d logit is w / (n N) (1/64 - [is the label])."""
+    model = make_model(heads=2)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    # 5 tokens, 2 of them prompt: head 1 has labels at positions 1, 2, 3, head 2 at 0, 1, 2
+    weights = torch.zeros(1, ROW, 2)
+    weights[0, 1:4, 0] = torch.tensor([1.0, 0.5, 0.0])
+    weights[0, 0:3, 1] = torch.tensor([2.0, 2.0, 5.0])
+    logits = []
+    handle = model.lm_head.register_forward_hook(
+        lambda module, args, output: output.retain_grad() or logits.append(output)
+    )
+    losses = backward(model, [[sample(5, 2)]], weights)
+    handle.remove()
+    assert losses.tolist() == pytest.approx([math.log(64) * 1.5 / 3, math.log(64) * 9 / 3], rel=1e-6)
+    assert losses.tolist() == pytest.approx([2.0794415, 12.4766491], rel=1e-6)
+    labels = sample(5, 2).ids.tolist()
+    for head, positions in ((1, {1: 1.0, 2: 0.5, 3: 0.0}), (2, {0: 2.0, 1: 2.0, 2: 5.0})):
+        expected = torch.zeros(ROW, VOCABULARY)
+        for position, weight in positions.items():
+            expected[position] = weight / (2 * 3) / 64
+            expected[position, labels[position + head]] -= weight / (2 * 3)
+        torch.testing.assert_close(logits[head - 1].grad[0], expected, rtol=1e-5, atol=1e-8)
+
+
+def test_losses_equal_a_sum_in_plain_python():
+    model = make_model(heads=3)
+    rows = four_rows()
+    batch = collate(rows, ROW, pad_id=0)
+    targets = mtp_labels(batch.labels, batch.segment_ids, 3)
+    weights = torch.rand(targets.shape, generator=torch.Generator().manual_seed(1))
+    expected = []
+    with torch.no_grad():
+        trunk = model.trunk(batch.input_ids, batch.position_ids, packed_attention_mask(batch.segment_ids))
+        for head in range(3):
+            logits = model.head_logits(head + 1, trunk).tolist()
+            total, count = 0.0, 0
+            for b, t in np.ndindex(4, ROW):
+                label = int(targets[b, t, head])
+                if label != IGNORE:
+                    top = max(logits[b][t])
+                    log_sum = top + math.log(math.fsum(math.exp(logit - top) for logit in logits[b][t]))
+                    total += float(weights[b, t, head]) * (log_sum - logits[b][t][label])
+                    count += 1
+            expected.append(total / count)
+    assert backward(model, rows, weights).tolist() == pytest.approx(expected, rel=1e-5)
+
+
+# --- gradients
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["uniform", "random", "sparse", "zero"])
+def test_gradients_equal_those_of_the_formula_written_down_whole(kind, heads, tied, dtype):
+    batch = collate(four_rows(), ROW, pad_id=0)
+    labelled = mtp_labels(batch.labels, batch.segment_ids, heads) != IGNORE
+    random = torch.rand(labelled.shape, generator=torch.Generator().manual_seed(3)) * 3
+    weights = {
+        "uniform": labelled.float(),
+        "random": random,  # also where there is no label: must not matter
+        "sparse": random * (random > 2),
+        "zero": torch.zeros_like(random),
+    }[kind]
+    one, other = make_model(heads, tied, dtype), make_model(heads, tied, dtype)
+    expected_losses = stacked(other, batch, weights)
+    losses = backward(one, four_rows(), weights)
+    torch.testing.assert_close(losses, expected_losses.float(), rtol=1e-5, atol=1e-6)
+    expected = gradients(other)
+    # the cross-entropy itself is computed in fp32 either way
+    rtol, scale = (1e-5, 1e-6) if dtype == torch.float64 else (1e-3, 1e-5)
+    for name, gradient in gradients(one).items():
+        assert gradient.dtype == dtype
+        atol = scale * float(expected[name].abs().max())
+        torch.testing.assert_close(
+            gradient, expected[name], rtol=rtol, atol=atol, msg=lambda text, n=name: f"{n}: {text}"
+        )
+    assert (kind == "zero") == all(float(gradient.abs().max()) == 0 for gradient in expected.values())
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_micro_batches_add_up_to_one_large_batch(tied):
+    rows, heads = four_rows(), 3
+    batch = collate(rows, ROW, pad_id=0)
+    counts = counts_of(mtp_labels(batch.labels, batch.segment_ids, heads))
+    large, small = make_model(heads, tied, torch.float64), make_model(heads, tied, torch.float64)
+    expected = backward(large, rows)
+    losses = sum(backward(small, [row], counts=counts) for row in rows)
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
+    whole = gradients(large)
+    for name, gradient in gradients(small).items():
+        torch.testing.assert_close(gradient, whole[name], rtol=1e-5, atol=1e-6 * float(whole[name].abs().max()))
+
+
+def test_gradient_is_added_to_what_is_there():
+    model = make_model(2)
+    backward(model, four_rows())
+    once = gradients(model)
+    backward(model, four_rows())
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, 2 * once[name])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_head_without_any_label_contributes_nothing(precision):
+    """Three tokens give heads 3 and 4 nothing to predict."""
+    model = make_model(4)
+    losses = backward(model, [[sample(3, 1)], [sample(2, 1), sample(3, 2)]], precision=precision)
+    assert losses[2:].tolist() == [0.0, 0.0]
+    assert (losses[:2] > 0).all()
+    found = gradients(model)
+    assert all(gradient.isfinite().all() for gradient in found.values())
+    for head, idle in enumerate([False, True, True]):
+        # position 0 sees itself alone, so that no gradient reaches its query and key: look at the others
+        own = [name for name in found if name.startswith(f"extra_heads.{head}.")]
+        assert all(bool((found[name] == 0).all()) == idle for name in own if not re.search("[qk]_proj", name))
+
+
+def test_batch_without_any_label_has_no_gradient():
+    model = make_model(2)
+    assert backward(model, [[sample(4, 4)]]).tolist() == [0.0, 0.0]
+    assert all((gradient == 0).all() for gradient in gradients(model).values())
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_bf16_is_close_and_leaves_weights_and_gradients_in_fp32(tied):
+    exact, rough = make_model(4, tied), make_model(4, tied)
+    expected, losses = backward(exact, four_rows()), backward(rough, four_rows(), precision="bf16")
+    assert losses.dtype == torch.float32
+    assert not torch.equal(losses, expected)  # bf16 was really used
+    torch.testing.assert_close(losses, expected, rtol=0.03, atol=0)
+    whole = gradients(exact)
+    for name, gradient in gradients(rough).items():
+        assert gradient.dtype == torch.float32
+        assert torch.cosine_similarity(gradient.flatten(), whole[name].flatten(), dim=0) > 0.98, name
+        assert float(gradient.norm() / whole[name].norm()) == pytest.approx(1, abs=0.1), name
+
+
+def test_only_one_heads_logits_exist_at_a_time():
+    """What autograd keeps of one head's vocabulary-wide tensors is gone before the next head starts."""
+    model = make_model(4)
+    kept: weakref.WeakSet[Kept] = weakref.WeakSet()
+    alive_at_start, alive = [], []
+
+    def keep(tensor: torch.Tensor) -> Kept:
+        saved = Kept(tensor)
+        if tensor.numel() == 4 * ROW * VOCABULARY:
+            kept.add(saved)
+            alive.append(len(kept))
+        return saved
+
+    handle = model.lm_head.register_forward_pre_hook(lambda *_: alive_at_start.append(len(kept)))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved.tensor):
+        backward(model, four_rows())
+    handle.remove()
+    assert alive_at_start == [0, 0, 0, 0]
+    assert len(alive) >= 4
+    assert max(alive) == len(alive) / 4
+
+
+class Kept:
+    """A tensor that autograd saved for the backward pass."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+def test_trunk_runs_once():
+    model = make_model(4)
+    calls = []
+    handle = model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    backward(model, four_rows())
+    handle.remove()
+    assert len(calls) == 1
