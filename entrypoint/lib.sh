@@ -32,7 +32,7 @@ interruptible() {
 }
 
 interrupted() {
-  trap '' INT TERM
+  trap '' HUP INT TERM
   if [[ -n $child ]]; then
     kill -TERM -- "-$child" 2>/dev/null || true
     wait "$child" 2>/dev/null || true
@@ -136,12 +136,12 @@ ensure_venv() {
   locate_venv
   if is_ready "$kind"; then return; fi
 
-  trap interrupted INT TERM
+  trap interrupted HUP INT TERM
   mkdir -p "$venv" 2>/dev/null && [[ -w $venv ]] || fail "$venv cannot be written" "set WMTP_VENV to a folder that can"
   lock_venv
   is_ready "$kind" || make_venv "$kind"
   exec 9<&-
-  trap - INT TERM
+  trap - HUP INT TERM
 }
 
 # Two set-ups at once would tear the environment. The lock ends with the process that holds it.

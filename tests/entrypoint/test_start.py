@@ -161,7 +161,7 @@ def test_failing_pip_says_why_and_leaves_the_environment_to_be_made_anew(checkou
     assert not (checkout / ".venv/half-made").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signal_during_the_set_up_ends_it_with_75(checkout, tmp_path, number):
     # making the environment never ends; what does it leaves its process id
     tools = tmp_path / "tools"
