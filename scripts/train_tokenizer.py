@@ -73,9 +73,7 @@ def with_byte_fallback(trained: dict) -> dict:
     }
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return trained | {
-        "added_tokens": [
-            {"id": index, "content": token, **special} for index, token in enumerate(SPECIAL_TOKENS)
-        ],
+        "added_tokens": [{"id": index, "content": token, **special} for index, token in enumerate(SPECIAL_TOKENS)],
         "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
         "model": model,
     }

@@ -89,9 +89,7 @@ def run(sources: list[str], seconds: int = 2) -> list[str]:
 def wrong_labels(problems: list[dict]) -> list[str]:
     """Run every solution against its problem's tests and describe the ones whose label does not hold."""
     cases = [(problem, code, index == 0) for problem in problems for index, code in enumerate(codes(problem))]
-    sources = [
-        "\n".join([code, problem["test_setup_code"], *problem["test_list"]]) for problem, code, _ in cases
-    ]
+    sources = ["\n".join([code, problem["test_setup_code"], *problem["test_list"]]) for problem, code, _ in cases]
     complaints = []
     for (problem, code, correct), outcome in zip(cases, run(sources), strict=True):
         holds = outcome == "passed" if correct else outcome.startswith("failed")
