@@ -67,15 +67,14 @@ def test_nothing_to_pack():
 
 
 def test_beyond_64_open_rows_the_fullest_is_closed():
-    """64 rows with room 2 and one with room 1 make 65; only the fullest is closed, the others still take samples."""
-    lengths = [8] * 40 + [9] + [8] * 24 + [1, 2] + [2] * 63
+    """A row with room 1 and 64 with room 2 make 65: the first is closed, the others still take samples."""
+    lengths = [9] + [8] * 64 + [1] + [2] * 64
     rows = pack(range(len(lengths)), lengths, 10)
     assert sorted(flat(rows)) == list(range(len(lengths)))
-    closed = next(row for row in rows if row[0] == 40)
-    assert closed == [40]  # room 1 was left, and the sample of length 1 went elsewhere
-    assert rows[0] == [0, 65]
-    assert rows[1] == [1, 66]
-    assert len(rows) == 66  # 65 rows, and the last 2 finds only the row with room 1: a new one
+    assert rows[0] == [0]  # the sample of length 1 would have fitted
+    assert rows[1] == [1, 65]
+    assert rows[2:65] == [[row, row + 64] for row in range(2, 65)]
+    assert rows[65:] == [[129]]  # no 2 left but in the row that holds the 1
 
 
 @settings(max_examples=25)

@@ -60,6 +60,12 @@ def edit_weights(folder, change):
     save_file(weights, path, metadata={"format": "pt"})
 
 
+def pickle_weights(folder):
+    """Sound pickled weights, beside a safetensors file that is not the model's: the tempting way to load is wrong."""
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").rename(folder / "adapter.safetensors")
+
+
 # --- a plain Llama
 
 
@@ -145,7 +151,7 @@ DAMAGES = {
         lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
         r"no \*\.safetensors",
     ),
-    "other name": (lambda folder: (folder / "model.safetensors").rename(folder / "x.safetensors"), "does not load"),
+    "pickled, and other safetensors": (lambda folder: pickle_weights(folder), "does not load"),
     "missing tensor": (
         lambda folder: edit_weights(folder, lambda weights: weights.pop("model.norm.weight")),
         "1 tensors are missing, model.norm.weight",
