@@ -85,12 +85,11 @@ def run_record() -> Callable[..., dict[str, Any]]:
         timeless = [{key: value for key, value in line.items() if key != "seconds"} for line in read(paths.metrics)]
         last = max(paths.checkpoints.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
         progress = json.loads((last / "state.json").read_text())["progress"]
-        # its length depends on the digits of the measured seconds
-        del progress["metrics_size"]
         files = (last / "model.safetensors", last / "optimizer.safetensors", paths.final, paths.best)
         return {
             "metrics": timeless,
-            "progress": progress,
+            # a stop within the last validation saves before it; its numbers are in final.pt all the same
+            "progress": {key: progress[key] for key in ("step", "position", "tokens", "stopped_early")},
             "files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
         }
 

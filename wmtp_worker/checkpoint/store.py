@@ -1,7 +1,6 @@
 """The checkpoints of one run on the local disk: written whole or not at all, pruned, set aside, listed."""
 
 import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -106,8 +105,7 @@ def sweep(paths: RunPaths) -> list[str]:
 
 def set_aside(paths: RunPaths, items: list[Path]) -> Path:
     """Move files and folders of the run into `set-aside-<UTC time>/`, where nothing looks for checkpoints."""
-    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
-    folder = paths.checkpoints / f"{SET_ASIDE_PREFIX}{stamp}-{time.monotonic_ns() % 1_000_000:06d}"
+    folder = paths.checkpoints / f"{SET_ASIDE_PREFIX}{datetime.now(UTC):%Y%m%dT%H%M%S-%f}"
     folder.mkdir()
     for item in items:
         item.rename(folder / item.name)

@@ -87,10 +87,15 @@ def read_problems(path: Path) -> list[Problem]:
     line and for one that is not UTF-8, and with the file for an empty file.
     """
     problems = []
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            problems.append(_parse(text, f"{path}, line {number}"))
+    try:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                problems.append(_parse(text, f"{path}, line {number}"))
+    except OSError as error:
+        raise InputError(
+            f"cannot be read: {error.strerror}", where=str(path), fix="give the worker's user read access"
+        ) from None
     if not problems:
         raise InputError("the file is empty", where=str(path), fix="one JSON object a line")
     return problems

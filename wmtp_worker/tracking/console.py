@@ -35,7 +35,7 @@ def logging_to(path: Path, level: str, console: Console) -> Iterator[None]:
         file = RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=3, encoding="utf-8")
     screen: logging.Handler
     if console.is_terminal:
-        screen = RichHandler(console=console, show_path=False, omit_repeated_times=False)
+        screen = RichHandler(console=console, show_path=False, omit_repeated_times=False, log_time_format="%H:%M:%S")
     else:
         screen = logging.StreamHandler(console.file)
         screen.setFormatter(logging.Formatter(_FORMAT))

@@ -1,11 +1,14 @@
 """`metrics.jsonl`: one JSON object a line, appended as training goes, exact to the last bit of each float."""
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any, Self
 
 from wmtp_worker.storage.atomic import disk_errors
+
+log = logging.getLogger(__name__)
 
 
 class MetricsLog:
@@ -20,8 +23,9 @@ class MetricsLog:
         with disk_errors(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a+b", buffering=0)
-        if self.size > resume_at:
-            self._file.truncate(resume_at)
+        if self.size < resume_at:
+            log.warning("%s is shorter than the checkpoint knew it: steps are missing from the record", path)
+        self._file.truncate(min(self.size, resume_at))
 
     @property
     def size(self) -> int:

@@ -40,7 +40,8 @@ def train(session: Session, console: Console) -> None:
                 session.save()
             if session.finished:
                 return
-            bar.update(progress.step, train_step(session))
+            note = train_step(session)
+            bar.update(progress.step, note)
 
 
 def _due(step: int, every: int, finished: bool) -> bool:
@@ -67,6 +68,7 @@ def train_step(session: Session) -> str:
     losses = torch.zeros(model.heads, device=session.device)
     for batch, target in zip(batches, targets, strict=True):
         session.stop.check()
+        session.heartbeat.beat("train", step=progress.step)
         target = target.to(session.device)
         weights = uniform.weights(target != IGNORE)
         losses += head_losses_backward(model, batch.to(session.device), target, weights, counts, training.precision)
@@ -116,6 +118,8 @@ def run_validation(session: Session) -> None:
         settings.training.precision,
         between_batches,
     )
+    if not math.isfinite(result.loss):
+        raise session.diverged(f"the validation loss is {result.loss}")
     progress.validation = result.to_json()
     progress.validated_at = progress.step
     session.metrics.write("validation", progress.step, **result.to_json())

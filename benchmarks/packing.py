@@ -1,0 +1,59 @@
+"""Useful (not padded) tokens per CPU second: the same training step on MBPP, packed and padded, alternated."""
+
+import os
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from common import mbpp, median, record
+
+from wmtp_worker.host.stop import StopRequest
+from wmtp_worker.settings import load
+from wmtp_worker.storage.layout import RunPaths
+from wmtp_worker.tracking.heartbeat import Heartbeat
+from wmtp_worker.tracking.metrics import MetricsLog
+from wmtp_worker.training.loop import train_step
+from wmtp_worker.training.session import Session
+from wmtp_worker.training.setup import set_up
+
+STEPS = 12
+
+
+def session(packing: bool, folder: Path) -> Session:
+    settings = load(
+        preset="local-light",
+        overrides=[f"data.packing={str(packing).lower()}", f"data.dataset={mbpp()}", "training.micro_batch_size=4"],
+        options={"run.workdir": str(folder), "run.name": f"packing-{packing}"},
+        environ={},
+    )
+    paths = RunPaths(settings.run.workdir, settings.run.name)
+    paths.checkpoints.mkdir(parents=True)
+    made = set_up(settings, paths, StopRequest(), Heartbeat(paths.heartbeat, paths.run))
+    made.metrics = MetricsLog(paths.metrics, 0)
+    return made
+
+
+def main() -> None:
+    rates: dict[bool, list[float]] = {True: [], False: []}
+    with tempfile.TemporaryDirectory() as folder:
+        sessions = {packing: session(packing, Path(folder)) for packing in rates}
+        for made in sessions.values():
+            train_step(made)  # the first step allocates
+        for _ in range(STEPS):
+            for packing, made in sessions.items():
+                tokens, started = made.progress.tokens, time.process_time()
+                train_step(made)
+                rates[packing].append((made.progress.tokens - tokens) / (time.process_time() - started))
+        for made in sessions.values():
+            made.metrics.close()
+    packed, padded = median(rates[True]), median(rates[False])
+    record(
+        "packing",
+        {"useful tokens per CPU second": {"packed": packed, "padded": padded}, "ratio": round(packed / padded, 2)},
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""The record follows the checkpoint, and survives what a kill leaves behind."""
+
+import json
+import logging
+
+import pytest
+
+from wmtp_worker.storage.layout import RunPaths
+from wmtp_worker.tracking.console import logging_to
+from wmtp_worker.tracking.heartbeat import Heartbeat
+from wmtp_worker.tracking.metrics import MetricsLog, read
+
+
+def test_resuming_cuts_back_to_where_the_checkpoint_saw_it(tmp_path):
+    path = tmp_path / "logs" / "metrics.jsonl"
+    with MetricsLog(path, 0) as metrics:
+        metrics.write("train", 1, loss=0.1)
+        size = metrics.sync()
+        metrics.write("train", 2, loss=0.2)
+    with MetricsLog(path, size) as metrics:
+        metrics.write("train", 2, loss=0.3)
+    assert [(line["step"], line["loss"]) for line in read(path)] == [(1, 0.1), (2, 0.3)]
+
+
+def test_floats_are_exact(tmp_path):
+    value = 0.1 + 0.2
+    with MetricsLog(tmp_path / "m.jsonl", 0) as metrics:
+        metrics.write("train", 1, loss=value)
+    assert read(tmp_path / "m.jsonl")[0]["loss"] == value
+
+
+def test_a_torn_line_is_left_out(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"kind": "train", "step": 1}\n{"kind": "tr')
+    assert [line["step"] for line in read(path)] == [1]
+    assert read(tmp_path / "none.jsonl") == []
+
+
+def test_a_lost_record_is_said(tmp_path, caplog):
+    with MetricsLog(tmp_path / "m.jsonl", 100):
+        pass
+    assert "steps are missing from the record" in caplog.text
+
+
+def test_the_heartbeat_is_throttled_but_never_between_phases(tmp_path):
+    path = tmp_path / "heartbeat.json"
+    heartbeat = Heartbeat(path, "r")
+    heartbeat.beat("train", step=1)
+    heartbeat.beat("train", step=2)
+    assert json.loads(path.read_text())["step"] == 1
+    heartbeat.beat("save", step=3)
+    assert json.loads(path.read_text()) | {"time": 0} == {"time": 0, "run": "r", "phase": "save", "step": 3}
+
+
+def test_a_heartbeat_that_cannot_be_written_stops_nothing(tmp_path):
+    Heartbeat(tmp_path / "gone" / "heartbeat.json", "r").beat("train")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_secrets_reach_neither_console_nor_file(terminal, tmp_path, monkeypatch):
+    import io
+
+    from rich.console import Console
+
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted-secret-value")
+    screen, path = io.StringIO(), RunPaths(tmp_path, "r").training_log
+    with logging_to(path, "info", Console(file=screen, force_terminal=terminal)):
+        logging.getLogger("wmtp_worker.test").info("the key is %s", "planted-secret-value")
+    for text in (screen.getvalue(), path.read_text()):
+        assert "the key is" in text
+        assert "planted-secret-value" not in text
+    assert logging.getLogger("wmtp_worker").handlers == []
