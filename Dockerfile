@@ -20,7 +20,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 # --- the package: a wheel, built with what the lock has ----------------------------------------------------
 FROM environment AS package
 WORKDIR /source
-COPY pyproject.toml LICENSE ./
+COPY pyproject.toml LICENSE README.md ./
 COPY configs configs
 COPY wmtp_worker wmtp_worker
 RUN python3 -m pip --python /opt/wmtp/venv wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheels .
