@@ -50,10 +50,11 @@ _main() {
   spell_out_resume "$@"
   if [[ ${WMTP_IMAGE:-} == 1 ]]; then
     find_room_for_caches
-    exec wmtp train "${arguments[@]}"
+    exec wmtp train ${arguments[@]+"${arguments[@]}"}
   fi
   ensure_venv runtime
-  exec "$venv/bin/wmtp" train "${arguments[@]}"
+  # the + form: macOS's bash 3.2 takes an empty array for an unset one
+  exec "$venv/bin/wmtp" train ${arguments[@]+"${arguments[@]}"}
 }
 
 _is_sourced() { [[ ${BASH_SOURCE[0]} != "$0" ]]; }
