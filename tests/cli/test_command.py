@@ -202,7 +202,7 @@ def test_settings_show_as_json(wmtp):
     report = json.loads(done.stdout)
     assert report["settings"]["training.lr"] == {"value": 1e-4, "source": "--set training.lr=1e-4"}
     assert report["settings"]["run.name"] == {"value": "first", "source": "variable WMTP_RUN_NAME"}
-    assert report["settings"]["training.max_steps"]["value"] == 40
+    assert report["settings"]["training.max_steps"]["value"] == 50
     assert report["settings"]["training.max_steps"]["source"].split("/")[-1].startswith("preset.smoke.yaml:")
     assert len(report["digest"]) == 64
 
