@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -49,14 +48,11 @@ class Manifest(BaseModel):
         write_text(folder / MANIFEST, self.model_dump_json(indent=1) + "\n")
 
 
-def entries(folder: Path, names: Iterable[str]) -> dict[str, FileEntry]:
-    """Size and SHA-256 of each named file in `folder`."""
-    found = {}
-    for name in names:
-        with (folder / name).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        found[name] = FileEntry(size=(folder / name).stat().st_size, sha256=digest)
-    return found
+def file_entry(path: Path) -> FileEntry:
+    """Size and SHA-256 of one file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileEntry(size=path.stat().st_size, sha256=digest)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -96,7 +92,7 @@ def verify(folder: Path) -> Manifest:
             size = (folder / name).stat().st_size
             if size != entry.size:
                 raise CheckpointError(f"{name} has {size} bytes instead of {entry.size}", where=str(folder))
-            if entries(folder, [name])[name].sha256 != entry.sha256:
+            if file_entry(folder / name).sha256 != entry.sha256:
                 raise CheckpointError(f"{name} was changed: its SHA-256 differs", where=str(folder))
         except FileNotFoundError:
             raise CheckpointError(f"{name} is missing", where=str(folder)) from None

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from wmtp_worker.checkpoint.manifest import Manifest, entries
+from wmtp_worker.checkpoint.manifest import FileEntry, Manifest, file_entry
 from wmtp_worker.storage.atomic import (
     TEMPORARY_PREFIX,
     disk_errors,
@@ -58,14 +59,13 @@ def write(paths: RunPaths, snapshot: Snapshot) -> Path:
                     {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
                     building / name,
                 )
-                fsync_path(building / name)
             for name, document in snapshot.documents.items():
                 write_json(building / name, document)
             manifest = Manifest(
                 step=snapshot.step,
                 run=paths.run,
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
-                files=entries(building, [*snapshot.tensors, *snapshot.documents]),
+                files=_seal(building, [*snapshot.tensors, *snapshot.documents]),
                 **snapshot.facts,
             )
             manifest.write(building)
@@ -76,6 +76,16 @@ def write(paths: RunPaths, snapshot: Snapshot) -> Path:
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return folder
+
+
+def _seal(folder: Path, names: list[str]) -> dict[str, FileEntry]:
+    """Sync every file to the disk, and hash it from memory meanwhile."""
+    files = [folder / name for name in names]
+    with ThreadPoolExecutor() as pool:
+        synced = pool.map(fsync_path, files)
+        hashed = dict(zip(names, pool.map(file_entry, files), strict=True))
+        list(synced)  # raises what a sync raised
+    return hashed
 
 
 def prune(paths: RunPaths, keep_last: int) -> list[int]:
