@@ -25,7 +25,7 @@ def load_weights(path: Path) -> dict[str, Any]:
     """What `save_weights` wrote, on the CPU. Never unpickles anything but tensors and plain values."""
     try:
         content = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
-        content["model"], content["config"]
+        content["step"], content["config"], content["model"]
     except FileNotFoundError:
         raise CheckpointError(f"no {path.name}", where=str(path.parent), fix="train the run first") from None
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError and others

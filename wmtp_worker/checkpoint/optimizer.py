@@ -1,8 +1,12 @@
-"""An optimizer's state as flat, named tensors, so that it fits in safetensors."""
+"""AdamW's state as flat, named tensors, so that it fits in safetensors."""
 
 from collections.abc import Mapping
 
 import torch
+
+from wmtp_worker.errors import CheckpointError
+
+_SCALAR, _MOMENTS = "step", ("exp_avg", "exp_avg_sq")
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[torch.Tensor, str]) -> dict[str, torch.Tensor]:
@@ -15,13 +19,26 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[torch.Ten
 
 
 def load_optimizer(
-    optimizer: torch.optim.Optimizer, names: Mapping[torch.Tensor, str], saved: Mapping[str, torch.Tensor]
+    optimizer: torch.optim.Optimizer, names: Mapping[torch.Tensor, str], saved: Mapping[str, torch.Tensor], where: str
 ) -> None:
-    """Put `optimizer_tensors`' result back, on the devices of the parameters it belongs to."""
-    parameters = {name: parameter for parameter, name in names.items()}
+    """Put `optimizer_tensors`' result back, on the devices of the parameters it belongs to.
+
+    Raises `CheckpointError` naming the first tensor that does not fit: AdamW would start a missing moment anew without
+    a word, and its fused kernel write past the end of a short one.
+    """
+    shapes = {f"{_SCALAR}/{name}": torch.Size() for name in names.values()}
+    shapes |= {f"{key}/{name}": parameter.shape for parameter, name in names.items() for key in _MOMENTS}
+    wanted = {flat: (shape, torch.float32) for flat, shape in shapes.items()}
+    found = {flat: (value.shape, value.dtype) for flat, value in saved.items()}
+    for flat in sorted(wanted.keys() | found.keys()):
+        if wanted.get(flat) != found.get(flat):
+            raise CheckpointError(
+                f"the optimizer's state does not fit the model: {flat}",
+                where=where,
+                fix="choose another step with --resume STEP",
+            )
     optimizer.state.clear()
-    for flat, value in saved.items():
-        key, name = flat.split("/", 1)
-        parameter = parameters[name]
-        # the step counter's device is the optimizer's choice: fused ones want it beside the parameter
-        optimizer.state[parameter][key] = value.clone().to(parameter.device)
+    for parameter, name in names.items():
+        for key in (_SCALAR, *_MOMENTS):
+            # the step counter's device is the optimizer's choice: fused ones want it beside the parameter
+            optimizer.state[parameter][key] = saved[f"{key}/{name}"].clone().to(parameter.device)

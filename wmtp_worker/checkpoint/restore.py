@@ -4,9 +4,11 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
+from pydantic import TypeAdapter
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from wmtp_worker.checkpoint.manifest import Manifest, NewerFormatError, verify
@@ -16,21 +18,38 @@ from wmtp_worker.storage.layout import RunPaths
 
 log = logging.getLogger(__name__)
 
+Kind = TypeVar("Kind")
+
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint on the local disk."""
+    """A verified checkpoint on the local disk. What its manifest does not vouch for is never read."""
 
     folder: Path
     manifest: Manifest
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """The tensors of one safetensors file, on the CPU."""
-        return load_file(self.folder / name)
+        """The tensors of one safetensors file, on the CPU. Raises `CheckpointError` where it is none."""
+        try:
+            return load_file(self._listed(name))
+        except (OSError, SafetensorError) as error:
+            raise self.malformed(f"{name} does not load: {error}") from error
 
-    def document(self, name: str) -> Any:
-        """One JSON file's content."""
-        return json.loads((self.folder / name).read_text(encoding="utf-8"))
+    def document(self, name: str, kind: type[Kind]) -> Kind:
+        """One JSON file's content as a `kind`. Raises `CheckpointError` where it is none."""
+        try:
+            return TypeAdapter(kind).validate_python(json.loads(self._listed(name).read_bytes()))
+        except (OSError, ValueError, RecursionError) as error:  # pydantic's errors are ValueErrors
+            raise self.malformed(f"{name} does not load: {error}") from error
+
+    def malformed(self, what: str) -> CheckpointError:
+        """The error for content that makes no sense, though it has the SHA-256 that the manifest says."""
+        return CheckpointError(what, where=str(self.folder), fix="choose another of its steps with --resume STEP")
+
+    def _listed(self, name: str) -> Path:
+        if name not in self.manifest.files:
+            raise self.malformed(f"the manifest does not list {name}")
+        return self.folder / name
 
 
 def find(paths: RunPaths, resume: str | int) -> Checkpoint | None:

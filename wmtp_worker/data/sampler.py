@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
 from wmtp_worker.data.packing import pack
 
@@ -12,8 +14,8 @@ from wmtp_worker.data.packing import pack
 class Position:
     """Where the stream stands: `row` rows of epoch `epoch` have been handed out."""
 
-    epoch: int = 0
-    row: int = 0
+    epoch: Annotated[int, Field(ge=0)] = 0
+    row: Annotated[int, Field(ge=0)] = 0
 
     def to_json(self) -> dict[str, int]:
         return asdict(self)

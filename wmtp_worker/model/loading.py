@@ -139,6 +139,17 @@ def tensors(model: MTPForCausalLM) -> dict[str, torch.Tensor]:
     return {name: parameter.data for name, parameter in model.named_parameters()}
 
 
+def rebuild(config: dict[str, Any], saved: Mapping[str, torch.Tensor], where: str) -> MTPForCausalLM:
+    """The policy that was saved as `config` and tensors. Raises `InputError` where they make none."""
+    try:
+        model = MTPForCausalLM(LlamaConfig.from_dict(config))
+    except Exception as error:  # a config that makes no sense raises anything
+        reason = " ".join(str(error).split())
+        raise InputError(f"its config makes no model: {reason}", where=where, fix="use other weights") from error
+    load_tensors(model, saved, where)
+    return model
+
+
 def load_tensors(model: MTPForCausalLM, saved: Mapping[str, torch.Tensor], where: str) -> None:
     """Copy `saved` into the model. Raises `InputError` naming the first tensor that does not fit."""
     own = tensors(model)

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from transformers import LlamaConfig
-
 from wmtp_worker.assets.resolve import dataset_folder, tokenizer_folder
 from wmtp_worker.checkpoint.export import load_weights
 from wmtp_worker.checkpoint.restore import find
@@ -11,8 +9,7 @@ from wmtp_worker.data.tokenizer import load_tokenizer
 from wmtp_worker.errors import SettingsError
 from wmtp_worker.host.device import make_deterministic, resolve_device, set_threads
 from wmtp_worker.host.stop import StopRequest
-from wmtp_worker.model.loading import load_tensors
-from wmtp_worker.model.mtp import MTPForCausalLM
+from wmtp_worker.model.loading import rebuild
 from wmtp_worker.settings import Settings
 from wmtp_worker.storage.layout import RunPaths
 from wmtp_worker.training.session import CONFIG, MODEL
@@ -30,8 +27,7 @@ def evaluate_run(settings: Settings, weights: str, stop: StopRequest) -> dict[st
     device = resolve_device(settings.host.device)
     make_deterministic(device)
     step, config, tensors, where = _read(paths, weights)
-    model = MTPForCausalLM(LlamaConfig.from_dict(config))
-    load_tensors(model, tensors, where)
+    model = rebuild(config, tensors, where)
     tokenizer = load_tokenizer(tokenizer_folder(settings))
     check_fit(settings, model, tokenizer)
     data = load_split(settings, dataset_folder(settings), "validation", tokenizer)
@@ -51,4 +47,4 @@ def _read(paths: RunPaths, weights: str) -> tuple[int, dict[str, Any], dict[str,
         raise SettingsError(f"{weights!r} names no weights", where="--weights", fix="use final, best or a step")
     checkpoint = find(paths, int(weights))
     assert checkpoint is not None  # a wanted step is there or an error
-    return int(weights), checkpoint.document(CONFIG), checkpoint.tensors(MODEL), str(checkpoint.folder)
+    return int(weights), checkpoint.document(CONFIG, dict[str, Any]), checkpoint.tensors(MODEL), str(checkpoint.folder)

@@ -5,9 +5,10 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 
 import wmtp_worker
 from wmtp_worker.checkpoint import store
@@ -36,6 +37,8 @@ STATE = "state.json"
 SETTINGS = "settings.json"
 CONFIG = "config.json"
 
+Count = Annotated[int, Field(ge=0)]
+
 
 @dataclass
 class Progress:
@@ -44,21 +47,26 @@ class Progress:
     No random state is in it: whatever is random is drawn anew from (seed, epoch) or (seed, step).
     """
 
-    step: int = 0
+    step: Count = 0
     position: Position = field(default_factory=Position)
-    tokens: int = 0  # trained on, padding left out
-    validated_at: int = 0  # the step of the last validation
-    saved_at: int = 0
+    tokens: Count = 0  # trained on, padding left out
+    validated_at: Count = 0  # the step of the last validation
+    saved_at: Count = 0
     validation: dict[str, Any] | None = None
     best_loss: float | None = None
-    best_step: int = 0
-    without_improvement: int = 0  # validations in a row
+    best_step: Count = 0
+    without_improvement: Count = 0  # validations in a row
     stopped_early: bool = False
-    metrics_size: int = 0  # bytes of metrics.jsonl that this state stands for
+    metrics_size: Count = 0  # bytes of metrics.jsonl that this state stands for
 
-    @classmethod
-    def from_json(cls, document: dict[str, Any]) -> "Progress":
-        return cls(**{**document, "position": Position(**document["position"])})
+
+@dataclass(frozen=True)
+class State:
+    """The content of `state.json`: how far the run is, and what its last bits depend on."""
+
+    progress: Progress
+    threads: int
+    device: str
 
 
 @dataclass(frozen=True)
@@ -135,11 +143,7 @@ class Session:
                 OPTIMIZER: optimizer_tensors(self.optimizer, self.parameter_names),
             },
             documents={
-                STATE: {
-                    "progress": asdict(self.progress),
-                    "threads": self.threads,
-                    "device": self.device.type,
-                },
+                STATE: asdict(State(self.progress, self.threads, self.device.type)),
                 SETTINGS: {"identity": self.identity, "resolved": shown},
                 CONFIG: self.model.config.to_dict(),
             },
@@ -152,23 +156,29 @@ class Session:
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Become what the checkpoint was, to the last bit. Raises `InputError` naming the setting that differs."""
+        """Become what the checkpoint was, to the last bit.
+
+        Raises `InputError` naming the setting that differs, and `CheckpointError` for content that makes no sense.
+        """
         self._check_settings(checkpoint)
-        state = checkpoint.document(STATE)
-        load_tensors(self.model, checkpoint.tensors(MODEL), str(checkpoint.folder))
-        load_optimizer(self.optimizer, self.parameter_names, checkpoint.tensors(OPTIMIZER))
-        self.progress = Progress.from_json(state["progress"])
+        state = checkpoint.document(STATE, State)
+        if state.progress.step != checkpoint.manifest.step:
+            raise checkpoint.malformed(f"{STATE} is of step {state.progress.step}")
+        where = str(checkpoint.folder)
+        load_tensors(self.model, checkpoint.tensors(MODEL), where)
+        load_optimizer(self.optimizer, self.parameter_names, checkpoint.tensors(OPTIMIZER), where)
+        self.progress = state.progress
         self.resumed_from = self.progress.step
         for what, before, now in (
-            ("threads", state["threads"], self.threads),
-            ("device", state["device"], self.device.type),
+            ("threads", state.threads, self.threads),
+            ("device", state.device, self.device.type),
             ("torch", checkpoint.manifest.torch_version, torch.__version__),
         ):
             if before != now:
                 log.warning("%s was %s, is %s: the numbers may differ in their last bits", what, before, now)
 
     def _check_settings(self, checkpoint: Checkpoint) -> None:
-        saved = checkpoint.document(SETTINGS)["identity"]
+        saved = checkpoint.document(SETTINGS, dict[str, dict[str, Any]]).get("identity", {})
         accepted = set(self.settings.run.accept_changes)
         differing = [
             f"{key}: {saved.get(key)!r} in the checkpoint, {self.identity.get(key)!r} now"
