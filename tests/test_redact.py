@@ -38,7 +38,7 @@ def test_values_of_variables_that_look_secret(name):
         {"HF_TOKEN": "short"},
         {"HF_TOKEN": ""},
         {"TOKENIZERS_PARALLELISM": "disabled"},
-        {"WMTP_MODEL__TOKENIZER": "/work/tokenizer"},
+        {"WMTP_MODEL__TOKENIZER": "/srv/tokenizer"},
         {"WMTP_MODEL__KEY_VALUE_HEADS": "12345678"},
         {"HOME": "/home/me/and"},
     ],
