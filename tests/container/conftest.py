@@ -129,17 +129,21 @@ def build(engine: None, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
 
 
 @pytest.fixture(scope="session")
-def image(build: Callable[..., subprocess.CompletedProcess[str]]) -> str:
+def image(build: Callable[..., subprocess.CompletedProcess[str]]) -> Iterator[str]:
     name = "wmtp-worker:test"
     labels = [word for key, value in LABELS.items() for word in ("--build-arg", f"{key}={value}")]
     found = build("--tag", name, *labels)
     assert found.returncode == 0, found.stderr[-5000:]
-    return name
+    yield name
+    run_docker("rmi", "--force", name, check=False)  # the next build takes its layers from the build's cache
 
 
 @pytest.fixture
-def start(image: str) -> Iterator[Callable[..., Container]]:
-    """Start a container of the image: `start("train", …, options=("--memory", "2g"))`."""
+def start(image: str, volume: str) -> Iterator[Callable[..., Container]]:
+    """Start a container of the image: `start("train", …, options=("--memory", "2g"))`.
+
+    It asks for the volume so as to be torn down before it: a volume in use cannot be removed.
+    """
     containers = []
 
     def start(*command: str, options: tuple[str, ...] = ()) -> Container:

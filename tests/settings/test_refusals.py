@@ -209,7 +209,7 @@ def test_a_yaml_file_without_permission():
         if us == 0:
             os.seteuid(65534)  # root may read everything
         try:
-            if not os.access(Path(__file__), os.R_OK, effective_ids=True):
+            if not os.access(__file__, os.R_OK, effective_ids=True):
                 pytest.skip("this checkout is readable by root alone")
             text = refusal(preset=file.name)
         finally:
