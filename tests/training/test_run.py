@@ -98,6 +98,24 @@ def test_auto_passes_over_damaged_checkpoints_loudly(tiny_run, run_record, tmp_p
     assert [path.name for path in paths.checkpoints.glob("set-aside-*/step_12")] == ["step_12"]
 
 
+def test_what_is_saved_after_a_damaged_checkpoint_is_kept(tiny_run, tmp_path, paths):
+    tiny_run(tmp_path)
+    (paths.step(12) / "state.json").unlink()
+    # the damaged one is newer by number, and only one is to be kept
+    with pytest.raises(Interrupted, match=r"saved: .*step_10"):
+        tiny_run(tmp_path, "checkpoint.keep_last=1", stop=StopAfter(7))
+    assert steps(paths) == [10, 12]
+    assert tiny_run(tmp_path).resumed_from == 10
+
+
+def test_the_last_good_checkpoint_is_one_that_verifies(tiny_run, tmp_path, paths):
+    tiny_run(tmp_path)
+    (paths.step(12) / "state.json").unlink()
+    diverging = ("training.lr=1e30", "training.grad_clip=0", "run.accept_changes=training.lr,training.grad_clip")
+    with pytest.raises(TrainingDiverged, match=r"the last good checkpoint: \S*step_9 "):
+        tiny_run(tmp_path, *diverging)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "settings.json"])
 def test_one_changed_byte_is_noticed(name, tiny_run, tmp_path, paths):
     tiny_run(tmp_path, "training.max_steps=3")

@@ -88,12 +88,13 @@ def _seal(folder: Path, names: list[str]) -> dict[str, FileEntry]:
     return hashed
 
 
-def prune(paths: RunPaths, keep_last: int) -> list[int]:
-    """Remove all but the newest `keep_last` checkpoints; returns the steps removed.
+def prune(paths: RunPaths, keep_last: int, newest: int) -> list[int]:
+    """Remove all but the last `keep_last` checkpoints up to step `newest`, the one just written; returns those removed.
 
-    A folder is renamed before it is emptied, so a crash leaves no half checkpoint under a valid name.
+    Later ones did not verify when the run went on from an earlier one: they take nobody's place. A folder is renamed
+    before it is emptied, so a crash leaves no half checkpoint under a valid name.
     """
-    removed = steps(paths)[:-keep_last]
+    removed = [step for step in steps(paths) if step <= newest][:-keep_last]
     for step in removed:
         doomed = temporary(paths.step(step))
         paths.step(step).rename(doomed)

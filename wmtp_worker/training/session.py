@@ -129,7 +129,7 @@ class Session:
         self.progress.metrics_size = self.metrics.sync()
         self.progress.saved_at = self.progress.step
         folder = store.write(self.paths, self._snapshot())
-        removed = store.prune(self.paths, self.settings.checkpoint.keep_last)
+        removed = store.prune(self.paths, self.settings.checkpoint.keep_last, self.progress.step)
         seconds = time.perf_counter() - started
         pruned = f", removed {', '.join(f'step_{step}' for step in removed)}" if removed else ""
         log.info("saved %s in %.2f s%s", folder.name, seconds, pruned)
@@ -194,9 +194,9 @@ class Session:
             )
 
     def diverged(self, what: str) -> TrainingDiverged:
-        """The error that ends the run, naming the newest checkpoint: all that was saved is finite."""
-        saved = store.steps(self.paths)
-        good = str(self.paths.step(saved[-1])) if saved else "there is none"
+        """The error that ends the run, naming the checkpoint it stands on: all that was saved is finite."""
+        saved_at = self.progress.saved_at
+        good = str(self.paths.step(saved_at)) if saved_at else "there is none"
         return TrainingDiverged(
             f"{what} after step {self.progress.step}; the last good checkpoint: {good}",
             where=f"run {self.paths.run}",
