@@ -30,7 +30,7 @@ OTHER: Mapping[str, str] = MappingProxyType(
         "WMTP_IMAGE": "set to 1 by the image: use its Python and make no environment",
         "WMTP_BASE_IMAGE": "base image of the container tests",
         "WMTP_REQUIRE_CONTAINERS": "1 makes the container tests fail, not skip, where there is no Docker engine",
-        "WMTP_TEST_DATA": "folder with mbpp.jsonl for the tests and benchmarks on real data",
+        "WMTP_TEST_DATA": "folder that holds mbpp/mbpp.jsonl, for the tests and benchmarks on real data",
     }
 )
 _BUCKET = ("CLOUD_BUCKET", "CLOUD_PREFIX")
