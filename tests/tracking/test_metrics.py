@@ -2,9 +2,11 @@
 
 import json
 import logging
+import resource
 
 import pytest
 
+from wmtp_worker.errors import DiskFullError
 from wmtp_worker.storage.layout import RunPaths
 from wmtp_worker.tracking.console import logging_to
 from wmtp_worker.tracking.heartbeat import Heartbeat
@@ -42,6 +44,19 @@ def test_a_lost_record_is_said(tmp_path, caplog):
     assert "steps are missing from the record" in caplog.text
 
 
+def test_a_record_that_fits_only_in_part_is_no_record(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with MetricsLog(tmp_path / "m.jsonl", 0) as metrics:
+        metrics.write("train", 1, loss=0.1)
+        # what a full disk does too: the first part of the line is written, and nothing raised
+        resource.setrlimit(resource.RLIMIT_FSIZE, (metrics.size + 10, limits[1]))
+        try:
+            with pytest.raises(DiskFullError, match="the disk is full"):
+                metrics.write("train", 2, loss=0.2)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 def test_the_heartbeat_is_throttled_but_never_between_phases(tmp_path):
     path = tmp_path / "heartbeat.json"
     heartbeat = Heartbeat(path, "r")
@@ -53,7 +68,9 @@ def test_the_heartbeat_is_throttled_but_never_between_phases(tmp_path):
 
 
 def test_a_heartbeat_that_cannot_be_written_stops_nothing(tmp_path):
-    Heartbeat(tmp_path / "gone" / "heartbeat.json", "r").beat("train")
+    (tmp_path / "file").write_text("")
+    for folder in ("gone", "file"):
+        Heartbeat(tmp_path / folder / "heartbeat.json", "r").beat("train")
 
 
 @pytest.mark.parametrize("terminal", [False, True])

@@ -11,7 +11,6 @@ from typing import Any
 from wmtp_worker.errors import DiskFullError, InputError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 TEMPORARY_PREFIX = ".tmp-"
 
 
@@ -42,17 +41,17 @@ def publish(written: Path, path: Path) -> None:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write; on success it becomes `path`, on failure it is removed.
 
-    Raises `DiskFullError` where the disk filled up and `InputError` where the folder may not be written.
+    Raises `DiskFullError` where the disk filled up and `InputError` where it may not or cannot be written.
     """
     written = temporary(path)
-    try:
-        with disk_errors(path.parent):
+    with disk_errors(path.parent):
+        try:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield written
             fsync_path(written)
             publish(written, path)
-    finally:
-        written.unlink(missing_ok=True)
+        finally:
+            written.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -68,7 +67,7 @@ def write_json(path: Path, document: Any) -> None:
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn "no space left" and "you may not write here" into the worker's own errors.
+    """Turn "no space left" and whatever else the operating system refuses into the worker's own errors.
 
     safetensors and torch wrap the operating system's error in their own, so the text and the chain are searched.
     """
@@ -81,9 +80,9 @@ def disk_errors(folder: Path) -> Iterator[None]:
                 where=str(folder),
                 fix="free some space, or set WMTP_WORKDIR to a larger disk",
             ) from error
-        if isinstance(error, OSError) and error.errno in _REFUSED:
+        if isinstance(error, OSError):
             raise InputError(
-                f"cannot write {error.filename or folder}: {os.strerror(error.errno)}",
+                f"cannot write {error.filename or folder}: {error.strerror or error}",
                 where=f"folder {folder}",
                 fix="give the worker's user write access, or set WMTP_WORKDIR to a folder it may write",
             ) from error

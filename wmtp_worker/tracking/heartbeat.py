@@ -1,5 +1,6 @@
 """`heartbeat.json`: written while the worker makes progress, so that a container's health check can tell."""
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -33,5 +34,6 @@ class Heartbeat:
             written.replace(self._path)
         except OSError:
             # a full disk is reported by what must be written; this must not
-            written.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the disk may have become read-only
+                written.unlink(missing_ok=True)
         self._phase, self._written = phase, time.monotonic()

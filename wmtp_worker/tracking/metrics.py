@@ -1,5 +1,6 @@
 """`metrics.jsonl`: one JSON object a line, appended as training goes, exact to the last bit of each float."""
 
+import errno
 import json
 import logging
 import os
@@ -33,9 +34,11 @@ class MetricsLog:
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Append one record in a single write; a torn last line is possible only if the machine dies."""
-        line = json.dumps({"kind": kind, "step": step, **values}, ensure_ascii=False) + "\n"
+        line = (json.dumps({"kind": kind, "step": step, **values}, ensure_ascii=False) + "\n").encode()
         with disk_errors(Path(self._file.name).parent):
-            self._file.write(line.encode())
+            # unbuffered: what does not fit any more is not written, without a word
+            if self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def sync(self) -> int:
         """Make everything so far durable; returns the size that a checkpoint may rely on."""
