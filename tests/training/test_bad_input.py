@@ -103,6 +103,26 @@ def test_a_work_directory_without_permission(wmtp, tmp_path, monkeypatch):
     refused(wmtp("train"), str(closed), "WMTP_WORKDIR")
 
 
+@pytest.mark.parametrize("name", ["checkpoints/x/.lock", "logs/x/metrics.jsonl", "logs/x/training.log"])
+def test_a_folder_where_a_file_should_be(name, wmtp, tmp_path):
+    (tmp_path / "work" / name).mkdir(parents=True)
+    refused(wmtp("train", "--run-name", "x"), f"cannot write {tmp_path / 'work' / name}: Is a directory")
+
+
+def test_odd_things_among_the_checkpoints_stop_nothing(wmtp, tmp_path):
+    folder = tmp_path / "work/checkpoints/x"
+    for name in ("step_007", "step_-1", "step_1e3"):
+        (folder / name).mkdir(parents=True)
+    (folder / "step_3").symlink_to("nowhere")
+    (folder / "step_6").write_text("a file")
+    (folder / ".tmp-step_9-1").symlink_to(tmp_path)
+    assert wmtp("train", "--run-name", "x")[0] == 0
+    code, listed = wmtp("checkpoints", "verify", "x", "--json")
+    assert code == 0
+    assert [item["name"] for item in json.loads(listed)] == ["step_9", "step_12"]
+    assert (folder / "step_007").is_dir()
+
+
 @pytest.mark.parametrize(
     ("line", "problem"),
     [("", "empty line"), ("{", "malformed"), ('{"task_id": 1, "text": "x"}', "code: Field required"), ("[1]", "malf")],

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -35,6 +36,10 @@ def paths(tmp_path):
 
 def steps(paths):
     return sorted(int(path.name.removeprefix("step_")) for path in paths.checkpoints.glob("step_*"))
+
+
+def kept_aside(paths):
+    return sorted(path.name for path in paths.checkpoints.glob("set-aside-*/*"))
 
 
 def test_a_run_leaves_everything_a_person_looks_for(tiny_run, tmp_path, paths):
@@ -95,7 +100,14 @@ def test_auto_passes_over_damaged_checkpoints_loudly(tiny_run, run_record, tmp_p
     assert "passed over checkpoint step_12: model.safetensors has" in log
     assert run_record(tmp_path) == expected
     # the damaged one is kept for inspection, out of the way of the one that took its place
-    assert [path.name for path in paths.checkpoints.glob("set-aside-*/step_12")] == ["step_12"]
+    assert kept_aside(paths) == ["final.pt", "step_12"]
+
+
+def test_a_checkpoint_without_a_manifest_is_passed_over_loudly(tiny_run, tmp_path, paths):
+    tiny_run(tmp_path)
+    (paths.step(12) / "manifest.json").unlink()
+    assert tiny_run(tmp_path).resumed_from == 9
+    assert "passed over checkpoint step_12: no manifest.json" in paths.training_log.read_text()
 
 
 def test_what_is_saved_after_a_damaged_checkpoint_is_kept(tiny_run, tmp_path, paths):
@@ -164,7 +176,57 @@ def test_a_wanted_step_goes_back_to_it(tiny_run, tmp_path, paths):
     assert (summary.resumed_from, summary.steps_taken) == (9, 3)
     second = torch.load(paths.final, weights_only=True)["model"]
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert [path.name for path in paths.checkpoints.glob("set-aside-*/step_*")] == ["step_12"]
+    assert kept_aside(paths) == ["best_model.pt", "final.pt", "step_12"]
+
+
+def test_going_back_records_no_validation_twice_and_finds_a_best_model(tiny_run, tmp_path, paths):
+    tiny_run(tmp_path, "evaluation.every=3")
+    summary = tiny_run(tmp_path, "evaluation.every=3", resume=9)
+    validated = [record["step"] for record in read(paths.metrics) if record["kind"] == "validation"]
+    assert validated == [3, 6, 9, 12]
+    assert torch.load(paths.best, weights_only=True)["step"] == summary.best_step
+
+
+# only the first validation is the best
+FIRST_IS_BEST = "training.early_stopping.min_delta=100"
+
+
+@pytest.mark.parametrize("moves", [0, 1, 2])
+def test_killed_while_going_back(moves, tiny_run, tmp_path, paths, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def move(source, target):
+        nonlocal moves
+        if not moves:
+            raise Killed
+        moves -= 1
+        os.rename(source, target)
+
+    tiny_run(tmp_path, FIRST_IS_BEST)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "move", move)
+        with pytest.raises(Killed):
+            tiny_run(tmp_path, FIRST_IS_BEST, resume=9)
+    assert tiny_run(tmp_path, FIRST_IS_BEST, resume=9).best_step == 12
+    assert kept_aside(paths) == ["best_model.pt", "final.pt", "step_12"]
+    assert torch.load(paths.best, weights_only=True)["step"] == 12
+
+
+def test_stopped_just_after_going_back(tiny_run, tmp_path, paths):
+    assert tiny_run(tmp_path, FIRST_IS_BEST).best_step == 4
+    with pytest.raises(Interrupted):
+        tiny_run(tmp_path, FIRST_IS_BEST, resume=9, stop=StopAfter(4))
+    assert not paths.best.exists()
+    assert tiny_run(tmp_path, FIRST_IS_BEST).best_step == 12
+    assert torch.load(paths.best, weights_only=True)["step"] == 12
+
+
+def test_a_best_model_that_is_gone_is_found_anew(tiny_run, tmp_path, paths):
+    tiny_run(tmp_path)
+    paths.best.unlink()
+    assert tiny_run(tmp_path).best_step == 12
+    assert torch.load(paths.best, weights_only=True)["step"] == 12
 
 
 def test_a_step_that_is_not_there(tiny_run, tmp_path):
@@ -205,6 +267,8 @@ def test_an_accepted_change_extends_a_finished_run(tiny_run, tmp_path, paths):
     summary = tiny_run(tmp_path, "training.max_steps=15", "run.accept_changes=[training.max_steps]")
     assert (summary.resumed_from, summary.step) == (12, 15)
     assert torch.load(paths.final, weights_only=True)["step"] == 15
+    (before,) = paths.checkpoints.glob("set-aside-*/final.pt")
+    assert torch.load(before, weights_only=True)["step"] == 12
 
 
 def test_what_does_not_matter_may_change(tiny_run, tmp_path):

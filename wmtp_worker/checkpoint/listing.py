@@ -4,8 +4,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from wmtp_worker.checkpoint.manifest import read_manifest, verify
+from wmtp_worker.checkpoint.store import steps
 from wmtp_worker.errors import CheckpointError
-from wmtp_worker.storage.layout import RunPaths, parse_step
+from wmtp_worker.storage.layout import RunPaths
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,14 @@ class Item:
 
 def list_checkpoints(paths: RunPaths, verified: bool = False) -> list[Item]:
     """The run's checkpoint folders by step, oldest first; with `verified` every byte of them is read."""
-    folders = {step: path for path in paths.checkpoints.glob("step_*") if (step := parse_step(path.name)) is not None}
     items = []
-    for step, folder in sorted(folders.items()):
+    for step in steps(paths):
+        folder = paths.step(step)
         try:
             manifest = verify(folder) if verified else read_manifest(folder)
         except CheckpointError as error:
+            if not folder.exists():  # pruned meanwhile by the run itself
+                continue
             items.append(Item(folder.name, step, None, None, "damaged", error.what))
             continue
         size = sum(entry.size for entry in manifest.files.values())

@@ -1,5 +1,6 @@
 """The checkpoints of one run on the local disk: written whole or not at all, pruned, set aside, listed."""
 
+import os
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from wmtp_worker.storage.atomic import (
     temporary,
     write_json,
 )
-from wmtp_worker.storage.layout import MANIFEST, RunPaths, parse_step
+from wmtp_worker.storage.layout import RunPaths, parse_step
 
 SET_ASIDE_PREFIX = "set-aside-"
 
@@ -36,9 +37,9 @@ class Snapshot:
 
 
 def steps(paths: RunPaths) -> list[int]:
-    """The steps that have a checkpoint folder with a manifest, ascending; whether they verify is another question."""
-    found = paths.checkpoints.glob(f"step_*/{MANIFEST}")
-    return sorted(step for path in found if (step := parse_step(path.parent.name)) is not None)
+    """The steps that have a checkpoint folder, ascending; whether they verify is another question."""
+    found = (path for path in paths.checkpoints.glob("step_*") if path.is_dir())
+    return sorted(step for path in found if (step := parse_step(path.name)) is not None)
 
 
 def write(paths: RunPaths, snapshot: Snapshot) -> Path:
@@ -70,7 +71,7 @@ def write(paths: RunPaths, snapshot: Snapshot) -> Path:
             )
             manifest.write(building)
             fsync_path(building)
-            if folder.exists():
+            if os.path.lexists(folder):
                 set_aside(paths, [folder])
             publish(building, folder)
     finally:
@@ -95,30 +96,33 @@ def prune(paths: RunPaths, keep_last: int, newest: int) -> list[int]:
     before it is emptied, so a crash leaves no half checkpoint under a valid name.
     """
     removed = [step for step in steps(paths) if step <= newest][:-keep_last]
-    for step in removed:
-        doomed = temporary(paths.step(step))
-        paths.step(step).rename(doomed)
-        shutil.rmtree(doomed)
+    with disk_errors(paths.checkpoints):
+        for step in removed:
+            doomed = temporary(paths.step(step))
+            paths.step(step).rename(doomed)
+            shutil.rmtree(doomed)
     return removed
 
 
 def sweep(paths: RunPaths) -> list[str]:
     """Remove what a killed process left half written; only for the holder of the run's lock. Returns the names."""
     swept = []
-    for path in [*paths.checkpoints.glob(f"{TEMPORARY_PREFIX}*"), *paths.logs.glob(f"{TEMPORARY_PREFIX}*")]:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-        swept.append(path.name)
+    with disk_errors(paths.checkpoints):
+        for path in [*paths.checkpoints.glob(f"{TEMPORARY_PREFIX}*"), *paths.logs.glob(f"{TEMPORARY_PREFIX}*")]:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+            swept.append(path.name)
     return sorted(swept)
 
 
 def set_aside(paths: RunPaths, items: list[Path]) -> Path:
-    """Move files and folders of the run into `set-aside-<UTC time>/`, where nothing looks for checkpoints."""
+    """Move files and folders of the run, in this order, into `set-aside-<UTC time>/`, where nothing looks for them."""
     folder = paths.checkpoints / f"{SET_ASIDE_PREFIX}{datetime.now(UTC):%Y%m%dT%H%M%S-%f}"
-    folder.mkdir()
-    for item in items:
-        item.rename(folder / item.name)
-    fsync_path(paths.checkpoints)
+    with disk_errors(paths.checkpoints):
+        folder.mkdir()
+        for item in items:
+            shutil.move(item, folder / item.name)  # the logs may lie on another disk
+        fsync_path(paths.checkpoints)
     return folder

@@ -30,9 +30,8 @@ def train(session: Session, console: Console) -> None:
     progress, settings = session.progress, session.settings
     with StepBar(console, settings.training.max_steps, progress.step) as bar:
         while True:
-            if (
-                _due(progress.step, settings.evaluation.every, session.finished)
-                and progress.validated_at < progress.step
+            if _due(progress.step, settings.evaluation.every, session.finished) and (
+                progress.validated_at < progress.step or progress.best_is_lost
             ):
                 run_validation(session)
             # asked again: a validation may have stopped the run early
@@ -120,9 +119,10 @@ def run_validation(session: Session) -> None:
     )
     if not math.isfinite(result.loss):
         raise session.diverged(f"the validation loss is {result.loss}")
+    if progress.validated_at < progress.step:
+        session.metrics.write("validation", progress.step, **result.to_json())
     progress.validation = result.to_json()
     progress.validated_at = progress.step
-    session.metrics.write("validation", progress.step, **result.to_json())
     accuracy = " ".join(f"{share:.1%}" for share in result.head_accuracy)
     log.info(
         "step %d  validation loss %.4f  perplexity %.2f  accuracy by head %s",

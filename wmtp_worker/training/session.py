@@ -59,6 +59,11 @@ class Progress:
     stopped_early: bool = False
     metrics_size: Count = 0  # bytes of metrics.jsonl that this state stands for
 
+    @property
+    def best_is_lost(self) -> bool:
+        """Whether there was a best model that is not there any more."""
+        return self.validation is not None and self.best_loss is None
+
 
 @dataclass(frozen=True)
 class State:

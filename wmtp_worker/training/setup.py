@@ -138,22 +138,23 @@ def _restore(session: Session) -> None:
     if checkpoint is not None:
         session.restore(checkpoint)
         log.info("resuming from %s", checkpoint.folder)
-    obsolete = [paths.step(step) for step in store.steps(paths) if step > session.progress.step]
-    if checkpoint is not None and (resume == "auto" or not obsolete):
-        # newer ones did not verify and stay for inspection; final.pt stands for a finished run only
-        if not session.finished:
-            paths.final.unlink(missing_ok=True)
-        return
-    if obsolete and resume == "auto":
+    later = [paths.step(step) for step in store.steps(paths) if step > session.progress.step]
+    if later and checkpoint is None and resume == "auto":
         log.warning("no checkpoint of run %r verifies: starting from step 0", paths.run)
-    if obsolete or resume == "never" or paths.final.exists():
-        obsolete += [path for path in (paths.best, paths.final) if path.exists()]
-        if checkpoint is None:
-            obsolete += [path for path in (paths.metrics, paths.report) if path.exists()]
-    if obsolete:
-        # the best model is set aside too: the next validation finds a new one
-        session.progress.best_loss, session.progress.validated_at, session.progress.without_improvement = None, 0, 0
+    anew = checkpoint is None and (resume == "never" or bool(later) or paths.final.exists())
+    # with auto, later ones did not verify, and stay for inspection
+    rewound = checkpoint is not None and resume != "auto" and bool(later)
+    obsolete = []
+    if anew or rewound or not session.finished:
+        obsolete.append(paths.final)
+    if anew or rewound:
+        # the checkpoints go last: killed before that, the same command finds the same to do
+        record = [paths.metrics, paths.report] if anew else []
+        obsolete += [paths.best, *record, *later]
+    if obsolete := [path for path in obsolete if path.exists()]:
         log.info("set aside %d items of the earlier run in %s", len(obsolete), store.set_aside(paths, obsolete))
+    if not paths.best.exists():
+        session.progress.best_loss, session.progress.without_improvement = None, 0
 
 
 def _check_disk(session: Session) -> None:
