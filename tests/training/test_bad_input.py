@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from wmtp_worker.checkpoint.manifest import Manifest
 from wmtp_worker.cli import main
 from wmtp_worker.host.stop import STOP
 
@@ -179,11 +180,35 @@ def test_a_damaged_checkpoint_is_reported_by_verify(wmtp, tmp_path):
     refused(wmtp("train", "--run-name", "x", "--resume", "12"), "config.json has 2 bytes", "--resume auto")
 
 
-def test_a_manifest_that_points_outside_its_folder(wmtp, tmp_path):
-    assert wmtp("train", "--run-name", "x")[0] == 0
-    path = tmp_path / "work/checkpoints/x/step_12/manifest.json"
-    path.write_text(path.read_text().replace('"state.json"', '"../../../secret"'))
-    refused(wmtp("train", "--run-name", "x", "--resume", "12"), "outside its folder")
+@pytest.fixture
+def sealed(tmp_path):
+    """The folder of a checkpoint of run x, step 12, that has a manifest and nothing else."""
+    folder = tmp_path / "work/checkpoints/x/step_12"
+    folder.mkdir(parents=True)
+    manifest = Manifest(step=12, run="x", created="", settings_digest="", worker_version="", torch_version="", files={})
+    manifest.write(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["../../../secret", "/etc/passwd", "..", "", "a\0b", "\ud800", "a\nb", "[/x]"])
+def test_a_manifest_that_names_no_file_of_its_folder(name, wmtp, sealed):
+    document = json.loads((sealed / "manifest.json").read_text())
+    document["files"] = {name: {"size": 0, "sha256": "0" * 64}}
+    (sealed / "manifest.json").write_text(json.dumps(document))
+    refused(wmtp("checkpoints", "verify", "x", "--json"), "outside its folder, or none")
+    refused(wmtp("checkpoints", "verify", "x"), "step_12")
+    refused(wmtp("train", "--run-name", "x", "--resume", "12"), "outside its folder, or none")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", '{"format_version": NaN}', "\udcff"])
+def test_a_manifest_that_is_none(text, wmtp, sealed):
+    (sealed / "manifest.json").write_bytes(text.encode(errors="surrogateescape"))
+    refused(wmtp("checkpoints", "verify", "x", "--json"), "manifest.json is malformed")
+
+
+def test_a_checkpoint_under_the_name_of_another_step(wmtp, sealed):
+    sealed.rename(sealed.with_name("step_99"))
+    refused(wmtp("checkpoints", "verify", "x", "--json"), "manifest.json is of step 12")
 
 
 def test_weights_that_are_not_ours(wmtp, tmp_path):

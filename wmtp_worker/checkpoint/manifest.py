@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -9,9 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from wmtp_worker.errors import CheckpointError
 from wmtp_worker.storage.atomic import write_text
-from wmtp_worker.storage.layout import MANIFEST
+from wmtp_worker.storage.layout import MANIFEST, step_name
 
 FORMAT_VERSION = 1
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
 class NewerFormatError(CheckpointError):
@@ -76,11 +78,13 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{MANIFEST} is malformed: {key}: {first['msg']}", where=str(folder)) from None
     except OSError as error:
         raise CheckpointError(f"{MANIFEST} cannot be read: {error.strerror}", where=str(folder)) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{MANIFEST} is malformed: {error!r}", where=str(folder)) from None
+    if folder.name != step_name(manifest.step):
+        raise CheckpointError(f"{MANIFEST} is of step {manifest.step}", where=str(folder))
     for name in manifest.files:
-        if Path(name).name != name or name in (".", ".."):
-            raise CheckpointError(f"{MANIFEST} names a file outside its folder: {name!r}", where=str(folder))
+        if not _PLAIN_NAME.fullmatch(name):
+            raise CheckpointError(f"{MANIFEST} names a file outside its folder, or none: {name!r}", where=str(folder))
     return manifest
 
 

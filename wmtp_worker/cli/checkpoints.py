@@ -60,6 +60,7 @@ def _paths(run: str) -> Any:
 
 def _show(items: list[dict[str, Any]], as_json: bool) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     if as_json:
@@ -69,5 +70,7 @@ def _show(items: list[dict[str, Any]], as_json: bool) -> None:
     for item in items:
         size = f"{item['bytes'] / 1e6:,.1f} MB" if item["bytes"] is not None else "?"
         style = "red" if item["status"] == "damaged" else "green" if item["status"] == "verified" else ""
-        table.add_row(item["name"], item["created"] or "?", size, item["problem"] or item["status"], style=style)
+        table.add_row(
+            item["name"], item["created"] or "?", size, escape(item["problem"] or item["status"]), style=style
+        )
     Console().print(table)
