@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,14 @@ TINY = (
 
 # what the tests themselves are told by
 FOR_THE_TESTS = ("WMTP_TEST_DATA", "WMTP_BASE_IMAGE", "WMTP_REQUIRE_CONTAINERS", "WMTP_VENV")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _heed_hangups():
+    """Under nohup SIGHUP is ignored, and every process that the tests start would inherit that."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(autouse=True)
