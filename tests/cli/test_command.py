@@ -151,6 +151,38 @@ def test_a_full_disk_is_no_bug(crash):
     assert "WMTP_WORKDIR" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        "import torch; torch.empty(1 << 60)",
+        "raise MemoryError",
+        "raise RuntimeError('CUDA out of memory. Tried to allocate 2.00 GiB.')",
+    ],
+)
+def test_too_little_memory_is_no_bug(crash, body):
+    done = crash(body)
+    assert done.returncode == 78
+    assert done.stderr.startswith("error: out of memory: ")
+    assert "training.micro_batch_size" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_change_nothing_and_lend_no_file_their_number(closed, tmp_path):
+    code = (
+        "import os, sys; from wmtp_worker.cli import main; code = main(['settings', 'show']);"
+        "sys.exit(code or os.open(os.devnull, os.O_RDONLY) <= 2)"
+    )
+    shell = ["sh", "-c", f'"$0" -c "$1" {closed}', sys.executable, code]
+    assert subprocess.run(shell, cwd=tmp_path, env=surroundings(), timeout=60).returncode == 0
+
+
+def test_a_stream_that_lacks_a_character_shows_its_number(wmtp):
+    done = wmtp("--help", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0
+    assert r"WMTP_WORKDIR, \u2026" in done.stdout
+
+
 def test_a_command_chooses_its_exit_code(crash):
     assert crash("import typer; raise typer.Exit(79)").returncode == 79
 

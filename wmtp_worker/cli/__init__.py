@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import sys
 import traceback
@@ -18,6 +19,7 @@ _BROKEN_PIPE = 128 + 13  # as a shell reports SIGPIPE
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code (see `errors.EXIT_CODES`); never raises."""
+    _ensure_streams()
     # before anything slow: a signal that comes while modules load is answered as soon as the command polls
     STOP.install()
     # OpenMP's threads must not spin while they wait: rented machines and containers share their cores (measured: a
@@ -36,6 +38,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     _settle(sys.stdout)
     _settle(sys.stderr)
     return code
+
+
+def _ensure_streams() -> None:
+    """Make the standard streams safe to use, however the command was started.
+
+    After `wmtp … 2>&-` the next file opened, a checkpoint's say, would be number 2, where warnings and the lines about
+    signals go. Characters that the stream's encoding lacks must not end a run either.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  # open for as long as the process is
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _run(argv: Sequence[str] | None) -> int:
@@ -74,8 +94,20 @@ def _explain(error: Exception) -> tuple[int, str]:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         fix = "make room there, or set WMTP_WORKDIR to a larger disk"
         return errors.WRONG, f"error: {redact(errors.sentence(str(error), None, fix))}"
+    if _is_out_of_memory(error):
+        fix = "lower training.micro_batch_size and raise training.accumulation, or shorten data.sequence_length"
+        what = f"out of memory: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        return errors.WRONG, f"error: {redact(errors.sentence(what, None, fix))}"
     trace = "".join(traceback.format_exception(error))
     return errors.BUG, f"{redact(trace)}wmtp: this is a bug of ours; please report it with the lines above"
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch is not imported for this: CUDA's error has a class of its own, those of the CPU and MPS have only words
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+    )
 
 
 def _is_usage_error(error: Exception) -> bool:
