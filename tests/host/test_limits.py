@@ -125,6 +125,7 @@ def test_disk_free_of_a_folder_that_is_not_there_yet(tmp_path):
     assert before > 0
     # others write to the same disk meanwhile
     assert disk_free(tmp_path / "not/there/yet") == pytest.approx(before, rel=0.2)
+    assert disk_free(tmp_path / ("long" * 100) / "yet") == pytest.approx(before, rel=0.2)
 
 
 def test_shared_memory(tmp_path):

@@ -98,6 +98,7 @@ def test_env_file_passes_on_what_is_not_ours_unless_it_is_set(elsewhere):
         ),
         ("\nWMTP_TRAINING__LR=x\n", "training.lr='x' is not a number (from .env:2 WMTP_TRAINING__LR)"),
         ("CLOUD_BUCKET=b\n", "CLOUD_BUCKET is set, but a bucket needs CLOUD_PROVIDER"),
+        ("AWS_REGION=a\0b\n", ".env cannot be read: it is not UTF-8 text"),
     ],
 )
 def test_an_env_file_that_is_wrong(elsewhere, content, line):
@@ -137,4 +138,6 @@ def test_secret_files_that_are_wrong(elsewhere):
     assert "cannot be read: No such file" in refusal(HF_TOKEN_FILE="/nowhere")
     assert "cannot be read: Is a directory" in refusal(HF_TOKEN_FILE="/")
     assert "is an empty file" in refusal(HF_TOKEN_FILE=str(elsewhere / "empty"))
+    assert "it is not UTF-8 text" in refusal(HF_TOKEN_FILE=str(elsewhere / "binary"))
+    (elsewhere / "binary").write_bytes(b"a\0b")  # no variable may hold it
     assert "it is not UTF-8 text" in refusal(HF_TOKEN_FILE=str(elsewhere / "binary"))

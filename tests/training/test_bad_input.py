@@ -141,6 +141,11 @@ def test_a_data_set_that_is_not_there(wmtp, tmp_path):
     refused(wmtp("train", "--set", "data.dataset=mbbp"), "data.dataset='mbbp'", str(tmp_path / "work/datasets/mbbp"))
 
 
+@pytest.mark.parametrize("key", ["data.dataset", "model.path", "model.tokenizer"])
+def test_a_name_too_long_for_the_file_system(key, wmtp):
+    refused(wmtp("train", "--set", f"{key}={'long' * 2000}"), f"{key}='long", "neither a path nor a name")
+
+
 def test_samples_that_do_not_fit(wmtp):
     refused(wmtp("train", "--set", "data.sequence_length=64"), "longer than data.sequence_length=64")
 

@@ -1,6 +1,7 @@
 """A name or a path, turned into a local folder."""
 
 import hashlib
+import os
 from importlib.resources import files
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def dataset_digest(folder: Path) -> str:
 def _existing(wanted: str, named: Path, key: str, names: str) -> Path:
     direct = Path(wanted).expanduser()
     for path in (named, direct):
-        if path.exists():
+        if os.path.exists(path):  # Path.exists raises for names too long
             return path.resolve()
     raise InputError(
         f"{key}={wanted!r} is neither a path nor a name in the work directory",

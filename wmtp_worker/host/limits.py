@@ -36,7 +36,7 @@ def memory_limit(root: Path = ROOT) -> int | None:
 
 def disk_free(path: Path) -> int:
     """Bytes an ordinary user may still write at `path`, or at its nearest parent that exists."""
-    while not path.exists() and path != path.parent:
+    while not os.path.exists(path) and path != path.parent:  # Path.exists would raise for a long name
         path = path.parent
     return shutil.disk_usage(path).free
 

@@ -1,5 +1,6 @@
 """The environment and `.env`: which variables there are, and the settings they carry."""
 
+import io
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from dotenv.parser import parse_stream
 
 from wmtp_worker.settings.files import display
 from wmtp_worker.settings.schema import SETTABLE
-from wmtp_worker.settings.values import Given, Problem, nearest, parse
+from wmtp_worker.settings.values import Given, Problem, nearest, parse, plain
 
 # short names of settings that are set all the time
 SHORT: Mapping[str, str] = MappingProxyType(
@@ -53,8 +54,8 @@ def read_env_file(environ: Mapping[str, str], problems: list[Problem]) -> dict[s
         return {}
     try:
         with open(path, encoding="utf-8") as file:
-            bindings = list(parse_stream(file))
-    except (OSError, UnicodeDecodeError) as error:
+            bindings = list(parse_stream(io.StringIO(plain(file.read()))))
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         where = "WMTP_ENV_FILE" if named else None
         problems.append(

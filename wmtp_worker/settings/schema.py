@@ -37,6 +37,8 @@ def _resume(value: object) -> object:
 def _workdir(value: object) -> object:
     if not isinstance(value, str | Path) or not str(value).strip() or "\0" in str(value):
         raise ValueError("is no path; name a folder that may be created and written")
+    if any("\ud800" <= character <= "\udfff" for character in str(value)):  # as Python shows bytes that are no UTF-8
+        raise ValueError("is not UTF-8 text; name a folder that checkpoints and logs can spell")
     path = Path(os.path.expanduser(value))  # Path.expanduser would raise for an unknown ~user
     try:
         return path.absolute()
@@ -62,7 +64,7 @@ class RunSettings(Section):
     name: Annotated[str, BeforeValidator(_run_name)] = Field(
         description="name of the run and of its folders; null means <recipe>-<preset>"
     )
-    seed: Count = Field(description="seed of every random choice")
+    seed: Annotated[int, Field(ge=0, lt=1 << 64)] = Field(description="seed of every random choice")
     workdir: Annotated[Path, BeforeValidator(_workdir)] = Field(
         description="local root of models, datasets, checkpoints and logs"
     )
@@ -76,7 +78,9 @@ class RunSettings(Section):
 
 class HostSettings(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(description="where to compute; auto takes the best there is")
-    threads: Count = Field(description="CPU threads; 0 means as many as the machine or container allows")
+    threads: Annotated[int, Field(ge=0, le=1024)] = Field(
+        description="CPU threads; 0 means as many as the machine or container allows"
+    )
 
 
 class ModelSettings(Section):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, MutableMapping
 from types import MappingProxyType
 
-from wmtp_worker.settings.values import Problem
+from wmtp_worker.settings.values import Problem, plain
 
 # entrypoint/entrypoint.sh has the same list; a test holds the two equal
 SECRETS: Mapping[str, str] = MappingProxyType(
@@ -34,8 +34,8 @@ def read_secret_files(environ: MutableMapping[str, str]) -> list[Problem]:
             continue
         try:
             with open(path, encoding="utf-8") as file:
-                value = file.read().removesuffix("\n").removesuffix("\r")
-        except (OSError, UnicodeDecodeError) as error:
+                value = plain(file.read()).removesuffix("\n").removesuffix("\r")
+        except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
             fix = f"make the file readable, or set {name} itself"
             problems.append(Problem(f"{name}_FILE={path!r} cannot be read: {reason}", f"{name}_FILE", fix))

@@ -89,6 +89,13 @@ def parse(text: str, key: str) -> Any:
     return value
 
 
+def plain(text: str) -> str:
+    """`text`, if it may become a variable of the environment. Raises ValueError for a null byte: none may hold one."""
+    if "\0" in text:
+        raise ValueError("a null byte")
+    return text
+
+
 def unknown(key: str, where: str) -> Problem | None:
     """Why `key` cannot be set, or None if it can."""
     if key in SETTABLE:
