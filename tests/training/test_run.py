@@ -258,8 +258,25 @@ def test_other_data_is_named(tiny_run, tmp_path):
     line = json.dumps({"task_id": 1, "text": "Say one.", "code": "print(1)"}) + "\n"
     (folder / "train.jsonl").write_text(line)
     (folder / "validation.jsonl").write_text(line)
-    with pytest.raises(InputError, match=r"data \(sha256\)"):
+    with pytest.raises(InputError, match=r"data\.dataset: 'sha256 \w{64}' in the checkpoint, 'sha256 \w{64}' now"):
         tiny_run(tmp_path, "data.dataset=mine")
+    # as the error says, it may be accepted
+    accepted = ("data.dataset=mine", "training.max_steps=13", "run.accept_changes=data.dataset,training.max_steps")
+    assert tiny_run(tmp_path, *accepted).steps_taken == 1
+
+
+def test_a_stop_never_advises_what_would_do_it_all_again(tiny_run, tmp_path):
+    with pytest.raises(Interrupted, match=r"saved: .*step_2 -> go on from there with --resume auto"):
+        tiny_run(tmp_path, resume="never", stop=StopAfter(8))
+
+
+def test_the_log_says_how_the_run_ended(tiny_run, tmp_path, paths):
+    # it is what is left when the machine with the console is gone
+    with pytest.raises(Interrupted):
+        tiny_run(tmp_path, "logging.level=error", stop=StopAfter(8))
+    log = paths.training_log.read_text()
+    assert "ended by stopped by test; saved:" in log
+    assert "Traceback" not in log
 
 
 def test_an_accepted_change_extends_a_finished_run(tiny_run, tmp_path, paths):

@@ -29,7 +29,7 @@ _LOG_BYTES = 10_000_000
 
 @contextmanager
 def logging_to(path: Path, level: str, console: Console) -> Iterator[None]:
-    """While it lasts, everything this package logs goes to `console` and, in plain lines, to `path` (rotated)."""
+    """While it lasts, what this package logs goes to `console` from `level` on, and all of it to `path` (rotated)."""
     with disk_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=3, encoding="utf-8")
@@ -42,7 +42,8 @@ def logging_to(path: Path, level: str, console: Console) -> Iterator[None]:
     file.setFormatter(logging.Formatter(_FORMAT))
     logger = logging.getLogger(LOGGER)
     before = logger.level, logger.propagate
-    logger.setLevel(level.upper())
+    logger.setLevel(logging.DEBUG)
+    screen.setLevel(level.upper())
     logger.propagate = False
     redact = RedactingFilter()
     for handler in (file, screen):

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from wmtp_worker.checkpoint.lock import run_lock
 from wmtp_worker.checkpoint.store import sweep
-from wmtp_worker.errors import Interrupted
+from wmtp_worker.errors import Interrupted, WorkerError
 from wmtp_worker.host.stop import StopRequest
 from wmtp_worker.host.workdir import prepare
 from wmtp_worker.settings import Settings
@@ -85,7 +85,7 @@ def run(settings: Settings, stop: StopRequest, console: Console) -> Summary:
             return _summary(session, first, time.perf_counter() - started)
         except Exception as error:
             # the console shows it too, by the command line; the file is what is left after the machine is gone
-            log.debug("ended by %s", error, exc_info=True)
+            log.debug("ended by %s", error, exc_info=not isinstance(error, WorkerError))
             raise
 
 
@@ -106,7 +106,9 @@ def _train_or_save(session: Session, console: Console) -> None:
             session.save()
         place = str(paths.step(progress.step)) if progress.step else "nothing yet, no step was finished"
         log.info("%s; saved: %s", interruption.what, place)
-        raise Interrupted(f"{interruption.what}; saved: {place}", fix=interruption.fix) from None
+        # never, or a step, would do again what was just done
+        again = interruption.fix if session.settings.run.resume == "auto" else "go on from there with --resume auto"
+        raise Interrupted(f"{interruption.what}; saved: {place}", fix=again) from None
 
 
 def _summary(session: Session, first: int, seconds: float) -> Summary:

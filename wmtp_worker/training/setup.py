@@ -63,11 +63,12 @@ def set_up(settings: Settings, paths: RunPaths, stop: StopRequest, heartbeat: He
         optimizer=_optimizer(settings, model),
         train_data=train_data,
         validation_data=validation_data,
+        # what these three hold counts, not where it lies
         identity={
             **settings.identity(),
-            "data (sha256)": dataset_digest(folder),
-            "tokenizer (sha256)": tokenizer_digest(tokens),
-            "base model (sha256)": base_model_digest,
+            "data.dataset": f"sha256 {dataset_digest(folder)}",
+            "model.tokenizer": f"sha256 {tokenizer_digest(tokens)}",
+            "model.path": base_model_digest and f"sha256 {base_model_digest}",
         },
         base_model_digest=base_model_digest,
         threads=threads,
