@@ -45,11 +45,11 @@ FOR_THE_TESTS = ("WMTP_TEST_DATA", "WMTP_BASE_IMAGE", "WMTP_REQUIRE_CONTAINERS",
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _heed_hangups():
-    """Under nohup SIGHUP is ignored, and every process that the tests start would inherit that."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
+def _heed_signals():
+    """Under nohup, or behind `&` in a script, signals are ignored, and whatever the tests start would inherit it."""
+    for number, handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)
