@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -221,3 +222,21 @@ def test_weights_that_are_not_ours(wmtp, tmp_path):
     (tmp_path / "work/checkpoints/x/final.pt").write_bytes(b"no weights")
     refused(wmtp("evaluate", "x"), "final.pt does not load")
     refused(wmtp("evaluate", "x", "--weights", "worst"), "'worst' names no weights")
+
+
+@pytest.mark.parametrize("shown", [(), ("--json",)])
+def test_a_secret_in_a_path_shows_nowhere(shown, wmtp, tmp_path, tiny_model_folder, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "planted-secret")
+    workdir = tmp_path / "planted-secret"
+    monkeypatch.setenv("WMTP_WORKDIR", str(workdir))
+    shutil.copytree(tiny_model_folder, workdir / "models/m")
+    code, output = wmtp("train", "--set", "model.path=m", "--set", "model.heads=2", *shown)
+    assert code == 0
+    assert "***" in output
+    assert "planted-secret" not in output
+    for folder in ("checkpoints", "logs"):
+        assert not [path for path in (workdir / folder).rglob("*") if path.is_file() and holds(path, b"planted-secret")]
+
+
+def holds(path: Path, secret: bytes) -> bool:
+    return secret in path.read_bytes()

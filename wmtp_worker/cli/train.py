@@ -34,6 +34,7 @@ def train(
     from rich.console import Console
 
     from wmtp_worker.host.stop import STOP
+    from wmtp_worker.redact import redact
     from wmtp_worker.settings import load
 
     options = {"run.name": run_name, "run.resume": resume}
@@ -44,8 +45,7 @@ def train(
         from wmtp_worker.training.run import run
     summary = run(settings, STOP, console)
     if as_json:
-        json.dump(_as_json(summary), sys.stdout)
-        sys.stdout.write("\n")
+        sys.stdout.write(redact(json.dumps(_as_json(summary))) + "\n")
     else:
         _print(summary, Console())
 
@@ -68,6 +68,8 @@ def _as_json(summary: "Summary") -> dict[str, object]:
 def _print(summary: "Summary", console: "Console") -> None:
     from rich.table import Table
 
+    from wmtp_worker.redact import redact
+
     if summary.steps_taken:
         since = "from the start" if summary.resumed_from is None else f"resumed from step {summary.resumed_from}"
         did = f"took {summary.steps_taken} steps in {summary.seconds:.1f} s, {since}"
@@ -84,4 +86,4 @@ def _print(summary: "Summary", console: "Console") -> None:
     console.print("look at", highlight=False)
     for name, path in summary.files.items():
         # never wrapped: paths are there to be copied
-        console.print(f"  {name:12} {path}", soft_wrap=True, highlight=False, markup=False)
+        console.print(f"  {name:12} {redact(str(path))}", soft_wrap=True, highlight=False, markup=False, emoji=False)

@@ -78,6 +78,7 @@ def load(folder: Path, heads: int) -> MTPForCausalLM:
             fix="check or replace the folder's files",
         ) from error
     model: MTPForCausalLM = loaded[0]
+    model.config.name_or_path = ""  # a path of this machine: it has no business in checkpoints
     _check_tensors(loaded[1], folder, new_heads=own_heads is None)
     if own_heads is None:
         last = model.model.layers[-1].state_dict()
