@@ -142,6 +142,7 @@ DAMAGES = {
     "no folder content": (lambda folder: [path.unlink() for path in folder.iterdir()], "no config.json"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "no config.json"),
     "config cut": (lambda folder: (folder / "config.json").write_text('{"model_type": "lla'), "not JSON"),
+    "config without end": (lambda folder: (folder / "config.json").write_text("[" * 100_000), "not JSON"),
     "config no object": (lambda folder: (folder / "config.json").write_text("[1]"), "model_type is 'list'"),
     "not llama": (lambda folder: edit_config(folder, model_type="gpt2"), "model_type is 'gpt2', not 'llama'"),
     "text for a number": (lambda folder: edit_config(folder, hidden_size="wide"), "does not load.*hidden_size"),

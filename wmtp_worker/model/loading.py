@@ -112,7 +112,7 @@ def _read_config(folder: Path) -> dict[str, object]:
             where=f"model folder {folder}",
             fix="set model.path to a Llama-family folder (config.json and *.safetensors), or a name under models/",
         ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"not JSON: {error}", where=str(path), fix="replace the file") from None
     if not isinstance(config, dict) or config.get("model_type") != "llama":
         found = config.get("model_type") if isinstance(config, dict) else type(config).__name__
