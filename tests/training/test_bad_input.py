@@ -175,6 +175,13 @@ def test_a_run_that_is_not_there(wmtp):
     refused(wmtp("evaluate", "nothing"), "no final.pt")
 
 
+def test_looking_at_a_run_ignores_where_to_go_on(wmtp, monkeypatch):
+    assert wmtp("train", "--run-name", "x")[0] == 0
+    monkeypatch.setenv("WMTP_RESUME", "1000")
+    assert wmtp("checkpoints", "ls", "x")[0] == 0
+    assert wmtp("evaluate", "x")[0] == 0
+
+
 def test_a_damaged_checkpoint_is_reported_by_verify(wmtp, tmp_path):
     assert wmtp("train", "--run-name", "x")[0] == 0
     folder = tmp_path / "work/checkpoints/x/step_12"

@@ -46,7 +46,8 @@ def _paths(run: str) -> Any:
     from wmtp_worker.settings import load
     from wmtp_worker.storage.layout import RunPaths
 
-    settings = load(options={"run.name": run})
+    # where to go on is no business of a command that only looks
+    settings = load(options={"run.name": run, "run.resume": "auto"})
     paths = RunPaths(settings.run.workdir, settings.run.name)
     if not paths.checkpoints.is_dir():
         names = sorted(path.name for path in Path(settings.run.workdir, "checkpoints").glob("*") if path.is_dir())

@@ -28,7 +28,7 @@ def evaluate(
     from wmtp_worker.host.stop import STOP
     from wmtp_worker.settings import load
 
-    settings = load(recipe=recipe, preset=preset, overrides=set_ or (), options={"run.name": run})
+    settings = load(recipe=recipe, preset=preset, overrides=set_ or (), options={"run.name": run, "run.resume": "auto"})
     STOP.check()
     from wmtp_worker.training.evaluate import evaluate_run
 
