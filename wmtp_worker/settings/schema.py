@@ -105,7 +105,7 @@ class ModelSettings(Section):
 class DataSettings(Section):
     dataset: Text = Field(
         description="the packaged sample, a name under <workdir>/datasets/, or a folder with train.jsonl and "
-        "validation.jsonl, or with MBPP's mbpp.jsonl"
+        "validation.jsonl, or MBPP's mbpp.jsonl, itself or its folder"
     )
     sequence_length: Annotated[int, Field(ge=2)] = Field(description="tokens in one row of a batch")
     packing: bool = Field(description="whether several samples share one row")
