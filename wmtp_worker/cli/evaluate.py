@@ -21,6 +21,8 @@ def evaluate(
 ) -> None:
     """Measure validation loss, perplexity and per-head accuracy of a run's weights.
 
+    The data is what the settings given here name, not what the run was trained on.
+
     wmtp evaluate baseline-smoke --preset smoke
 
     wmtp evaluate first --weights best --set data.dataset=mbpp --json
