@@ -65,7 +65,7 @@ def test_name_goes_before_a_folder_of_that_name_here(settings, tmp_path, key, re
 
 @KINDS
 def test_neither_names_both_places(settings, tmp_path, key, resolve, root):
-    with pytest.raises(InputError, match=rf"{key}='mine' is neither") as caught:
+    with pytest.raises(InputError, match=rf"{key}='mine' is not there") as caught:
         resolve(settings(f"{key}=mine"))
     assert str(tmp_path / "work" / root / "mine") in caught.value.where
     assert str(tmp_path / "mine") in caught.value.where

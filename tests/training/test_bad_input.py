@@ -144,7 +144,7 @@ def test_a_data_set_that_is_not_there(wmtp, tmp_path):
 
 @pytest.mark.parametrize("key", ["data.dataset", "model.path", "model.tokenizer"])
 def test_a_name_too_long_for_the_file_system(key, wmtp):
-    refused(wmtp("train", "--set", f"{key}={'long' * 2000}"), f"{key}='long", "neither a path nor a name")
+    refused(wmtp("train", "--set", f"{key}={'long' * 2000}"), f"{key}='long", "is not there", "that exists")
 
 
 def test_samples_that_do_not_fit(wmtp):
@@ -179,7 +179,17 @@ def test_looking_at_a_run_ignores_where_to_go_on(wmtp, monkeypatch):
     assert wmtp("train", "--run-name", "x")[0] == 0
     monkeypatch.setenv("WMTP_RESUME", "1000")
     assert wmtp("checkpoints", "ls", "x")[0] == 0
-    assert wmtp("evaluate", "x")[0] == 0
+    code, output = wmtp("evaluate", "x", "--weights", "best")
+    assert code == 0
+    # which data it was, since it is not the run's own that counts
+    assert "data     sample: 18 samples" in output
+
+
+def test_a_resume_that_finds_nothing_names_what_is_there(wmtp):
+    assert wmtp("train", "--run-name", "one")[0] == 0
+    code, output = wmtp("train", "--run-name", "two", "--resume", "auto")
+    assert code == 0
+    assert "run 'two' has no checkpoint to resume; there are one: starting from step 0" in output
 
 
 def test_a_damaged_checkpoint_is_reported_by_verify(wmtp, tmp_path):

@@ -19,7 +19,12 @@ def dataset_folder(settings: Settings) -> Path:
     wanted = settings.data.dataset
     if wanted == SAMPLE_DATASET:
         return Path(str(files("wmtp_worker") / "data" / "sample"))
-    return _existing(wanted, dataset_dir(settings.run.workdir, wanted), "data.dataset", f"{SAMPLE_DATASET}, a name")
+    return _existing(
+        wanted,
+        dataset_dir(settings.run.workdir, wanted),
+        "data.dataset",
+        f"{SAMPLE_DATASET}, a name under <workdir>/datasets",
+    )
 
 
 def model_folder(settings: Settings) -> Path | None:
@@ -27,14 +32,16 @@ def model_folder(settings: Settings) -> Path | None:
     wanted = settings.model.path
     if wanted is None:
         return None
-    return _existing(wanted, model_dir(settings.run.workdir, wanted), "model.path", "a name")
+    return _existing(wanted, model_dir(settings.run.workdir, wanted), "model.path", "a name under <workdir>/models")
 
 
 def tokenizer_folder(settings: Settings) -> Path:
     """`model.tokenizer`, else the model's own folder, else the packaged tokenizer."""
     wanted = settings.model.tokenizer
     if wanted is not None:
-        return _existing(wanted, model_dir(settings.run.workdir, wanted), "model.tokenizer", "a name")
+        return _existing(
+            wanted, model_dir(settings.run.workdir, wanted), "model.tokenizer", "a name under <workdir>/models"
+        )
     return model_folder(settings) or PACKAGED_TOKENIZER
 
 
@@ -52,7 +59,7 @@ def _existing(wanted: str, named: Path, key: str, names: str) -> Path:
         if os.path.exists(path):  # Path.exists raises for names too long
             return path.resolve()
     raise InputError(
-        f"{key}={wanted!r} is neither a path nor a name in the work directory",
-        where=f"looked at {named} and {direct.absolute()}",
-        fix=f"set {key} to {names} under {named.parent}, or to a path",
+        f"{key}={wanted!r} is not there",
+        where=" and ".join(dict.fromkeys((str(named), str(direct.absolute())))),
+        fix=f"set {key} to {names}, or to a path that exists",
     )

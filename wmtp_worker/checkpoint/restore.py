@@ -81,8 +81,8 @@ def _exactly(paths: RunPaths, step: int) -> Checkpoint:
         has = ", ".join(map(str, available)) or "none"
         raise InputError(
             f"run {paths.run!r} has no checkpoint of step {step}",
-            where="--resume",
-            fix=f"choose one of its steps ({has}), or auto",
+            where=str(paths.checkpoints),
+            fix=f"choose one of its steps ({has})",
         )
     folder = paths.step(step)
     try:

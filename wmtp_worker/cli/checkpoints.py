@@ -50,7 +50,9 @@ def _paths(run: str) -> Any:
     settings = load(options={"run.name": run, "run.resume": "auto"})
     paths = RunPaths(settings.run.workdir, settings.run.name)
     if not paths.checkpoints.is_dir():
-        names = sorted(path.name for path in Path(settings.run.workdir, "checkpoints").glob("*") if path.is_dir())
+        names = sorted(
+            path.name for path in Path(settings.run.workdir, "checkpoints").glob("*") if any(path.glob("step_*"))
+        )
         raise InputError(
             f"there is no run {run!r}",
             where=str(paths.checkpoints.parent),

@@ -28,6 +28,7 @@ def evaluate(
     wmtp evaluate first --weights best --set data.dataset=mbpp --json
     """
     from wmtp_worker.host.stop import STOP
+    from wmtp_worker.redact import redact
     from wmtp_worker.settings import load
 
     settings = load(recipe=recipe, preset=preset, overrides=set_ or (), options={"run.name": run, "run.resume": "auto"})
@@ -36,9 +37,10 @@ def evaluate(
 
     result = evaluate_run(settings, weights, STOP)
     if as_json:
-        typer.echo(json.dumps(result))
+        typer.echo(redact(json.dumps(result)))
         return
-    typer.echo(f"{result['weights']} of {run}, step {result['step']}")
-    typer.echo(f"loss {result['loss']:.4f}  perplexity {result['perplexity']:.2f}  tokens {result['tokens']:,}")
+    typer.echo(f"weights  {result['weights']} of {run}, step {result['step']}")
+    typer.echo(redact(f"data     {result['dataset']}: {result['samples']} samples, {result['tokens']:,} tokens"))
+    typer.echo(f"loss     {result['loss']:.4f}, perplexity of head 1 {result['perplexity']:.2f}")
     for head, (loss, share) in enumerate(zip(result["head_loss"], result["head_accuracy"], strict=True), start=1):
         typer.echo(f"head {head}: loss {loss:.4f}  accuracy {share:.1%}")

@@ -79,7 +79,7 @@ def _print(summary: "Summary", console: "Console") -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("run", f"{summary.run}: step {summary.step}{' (stopped early)' if summary.stopped_early else ''}")
     table.add_row("this time", did)
-    table.add_row("validation", f"loss {result['loss']:.4f}, perplexity {result['perplexity']:.2f}")
+    table.add_row("validation", f"loss {result['loss']:.4f}, perplexity of head 1 {result['perplexity']:.2f}")
     table.add_row("accuracy", ", ".join(f"head {i} {a:.1%}" for i, a in enumerate(result["head_accuracy"], start=1)))
     table.add_row("best", f"loss {summary.best_loss:.4f} at step {summary.best_step}")
     console.print(table)

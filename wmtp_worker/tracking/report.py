@@ -53,7 +53,7 @@ def _accuracies(axis: "Axes", validation: list[dict[str, Any]]) -> None:
         shares = [record["head_accuracy"][head] for record in validation]
         axis.plot(_column(validation, "step"), shares, "o-", label=f"head {head + 1}")
     axis.set_title("validation accuracy by head")
-    axis.set_ylim(0, 1)
+    axis.set_ylim(bottom=0)
     if validation:
         axis.legend(fontsize="small")
 

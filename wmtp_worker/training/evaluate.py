@@ -18,7 +18,7 @@ from wmtp_worker.training.validation import validate
 
 
 def evaluate_run(settings: Settings, weights: str, stop: StopRequest) -> dict[str, Any]:
-    """Numbers of `Validation` plus `run`, `weights` and `step`.
+    """Numbers of `Validation` plus `run`, `weights`, `step`, and which `dataset` with how many `samples`.
 
     `weights`: `final`, `best`, or a checkpoint's step. Raises `CheckpointError`, `InputError`, `SettingsError`.
     """
@@ -35,7 +35,8 @@ def evaluate_run(settings: Settings, weights: str, stop: StopRequest) -> dict[st
     batches = data.epoch(rows, settings.evaluation.max_batches)
     model.to(device)  # type: ignore[arg-type]  # transformers hides nn.Module.to's signature
     result = validate(model, batches, device, settings.training.precision, stop.check)
-    return {"run": paths.run, "weights": weights, "step": step, **result.to_json()}
+    what = {"run": paths.run, "weights": weights, "step": step}
+    return {**what, "dataset": settings.data.dataset, "samples": len(data.samples), **result.to_json()}
 
 
 def _read(paths: RunPaths, weights: str) -> tuple[int, dict[str, Any], dict[str, Any], str]:

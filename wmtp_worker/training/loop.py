@@ -125,7 +125,7 @@ def run_validation(session: Session) -> None:
     progress.validated_at = progress.step
     accuracy = " ".join(f"{share:.1%}" for share in result.head_accuracy)
     log.info(
-        "step %d  validation loss %.4f  perplexity %.2f  accuracy by head %s",
+        "step %d  validation loss %.4f  perplexity of head 1 %.2f  accuracy by head %s",
         progress.step,
         result.loss,
         result.perplexity,

@@ -186,7 +186,7 @@ class Session:
         saved = checkpoint.document(SETTINGS, dict[str, dict[str, Any]]).get("identity", {})
         accepted = set(self.settings.run.accept_changes)
         differing = [
-            f"{key}: {saved.get(key)!r} in the checkpoint, {self.identity.get(key)!r} now"
+            f"{key}: {saved.get(key)!r} in the checkpoint, {self.identity.get(key)!r} now{self._name_of(key)}"
             for key in sorted(saved.keys() | self.identity.keys())
             if saved.get(key) != self.identity.get(key) and key not in accepted
         ]
@@ -197,6 +197,10 @@ class Session:
                 fix="set them back, choose another --run-name, start anew with --resume never, "
                 "or list the keys in run.accept_changes",
             )
+
+    def _name_of(self, key: str) -> str:
+        """What is compared by digest has a name too, which says more to a person."""
+        return f" ({redact(str(self.settings.flat()[key]))})" if key in ("data.dataset", "model.path") else ""
 
     def diverged(self, what: str) -> TrainingDiverged:
         """The error that ends the run, naming the checkpoint it stands on: all that was saved is finite."""

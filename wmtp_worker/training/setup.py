@@ -140,8 +140,8 @@ def _restore(session: Session) -> None:
         session.restore(checkpoint)
         log.info("resuming from %s", checkpoint.folder)
     later = [paths.step(step) for step in store.steps(paths) if step > session.progress.step]
-    if later and checkpoint is None and resume == "auto":
-        log.warning("no checkpoint of run %r verifies: starting from step 0", paths.run)
+    if checkpoint is None and resume == "auto":
+        _warn_of_fresh_start(session, damaged=bool(later))
     anew = checkpoint is None and (resume == "never" or bool(later) or paths.final.exists())
     # with auto, later ones did not verify, and stay for inspection
     rewound = checkpoint is not None and resume != "auto" and bool(later)
@@ -156,6 +156,17 @@ def _restore(session: Session) -> None:
         log.info("set aside %d items of the earlier run in %s", len(obsolete), store.set_aside(paths, obsolete))
     if not paths.best.exists():
         session.progress.best_loss, session.progress.without_improvement = None, 0
+
+
+def _warn_of_fresh_start(session: Session, damaged: bool) -> None:
+    paths = session.paths
+    if damaged:
+        log.warning("no checkpoint of run %r verifies: starting from step 0", paths.run)
+    elif session.settings.sources["run.resume"].startswith("--resume"):
+        # somebody expects to go on: the name may be another run's, or the volume another one
+        runs = sorted({path.parent.name for path in paths.checkpoints.parent.glob("*/step_*")})
+        others = f"; there are {', '.join(runs)}" if runs else ""
+        log.warning("run %r has no checkpoint to resume%s: starting from step 0", paths.run, others)
 
 
 def _check_disk(session: Session) -> None:
