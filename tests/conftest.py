@@ -60,6 +60,17 @@ def _clean_environment(monkeypatch):
             monkeypatch.delenv(name)
 
 
+@pytest.fixture
+def one_thread():
+    """Torch with one thread: tiny tensors gain nothing from more."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def tiny_settings() -> tuple[str, ...]:
     """`--set` values of a run that takes about a second."""

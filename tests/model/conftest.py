@@ -3,16 +3,12 @@
 from collections.abc import Callable
 
 import pytest
-import torch
 from transformers import LlamaConfig
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread(one_thread):
+    """Every test of this room."""
 
 
 @pytest.fixture(scope="session")

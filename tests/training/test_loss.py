@@ -17,16 +17,10 @@ from wmtp_worker.data.tokenizer import Sample
 from wmtp_worker.model.mtp import MTPForCausalLM, packed_attention_mask
 from wmtp_worker.training.loss import head_losses_backward, mtp_labels
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VOCABULARY = 64
 ROW = 16
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make_model(heads: int, tied: bool = False, dtype: torch.dtype = torch.float32) -> MTPForCausalLM:

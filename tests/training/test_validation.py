@@ -14,16 +14,10 @@ from wmtp_worker.errors import Interrupted
 from wmtp_worker.model.mtp import MTPForCausalLM
 from wmtp_worker.training.validation import validate
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 HEADS = 3
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make_model(**changes: object) -> MTPForCausalLM:
