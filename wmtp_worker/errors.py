@@ -8,7 +8,15 @@
     ├── TrainingDiverged 78   the loss is NaN or infinite
     ├── RunHeldError     79   another worker holds this run
     ├── Interrupted      75   stopped from outside; what was done is saved
-    └── NotSafeError     74   finished, but some work is not in the bucket yet
+    ├── NotSafeError     74   finished, but some work is not in the bucket yet
+    └── StorageError     75   what a bucket, or the way to it, would not do
+        ├── ObjectNotFound      78   there is no such object, in a bucket that is there
+        ├── BucketNotFound      78   there is no such bucket: never taken for an empty one
+        ├── AccessDenied        78   credentials are missing, wrong, expired or not enough
+        ├── PreconditionFailed  75   somebody else changed the object first
+        ├── TransientError      75   a time-out, a lost connection, a busy server: may work if tried again
+        ├── ExhaustedError      75   was tried again and again, and did not work
+        └── IntegrityError      78   the bytes are not those whose digest was recorded
 
 An error says three things: what is wrong, where that came from, and what to do about it.
 """
@@ -111,3 +119,45 @@ class NotSafeError(WorkerError):
     """The run is finished, but not everything it made is safe in the bucket yet."""
 
     exit_code = NOT_SAFE
+
+
+class StorageError(WorkerError):
+    """What a bucket, or the way to it, would not do. `where` says operation and object: `get s3://bucket/key`."""
+
+    exit_code = AGAIN
+
+
+class ObjectNotFound(StorageError):
+    """There is no such object; the bucket itself is there."""
+
+    exit_code = WRONG
+
+
+class BucketNotFound(StorageError):
+    """There is no such bucket (container, folder). Not an `ObjectNotFound`: a wrong name is never an empty bucket."""
+
+    exit_code = WRONG
+
+
+class AccessDenied(StorageError):
+    """Credentials are missing, wrong, expired or not enough."""
+
+    exit_code = WRONG
+
+
+class PreconditionFailed(StorageError):
+    """The object is there already, or is not the version that was expected: somebody else was first."""
+
+
+class TransientError(StorageError):
+    """A time-out, a lost connection, a throttled or failing server: the same call may work a little later."""
+
+
+class ExhaustedError(StorageError):
+    """A transient trouble that did not pass, however often and long it was tried again."""
+
+
+class IntegrityError(StorageError):
+    """The bytes are not those whose size or digest was recorded."""
+
+    exit_code = WRONG

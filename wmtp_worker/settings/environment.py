@@ -19,6 +19,13 @@ SHORT: Mapping[str, str] = MappingProxyType(
         "WMTP_RUN_NAME": "run.name",
         "WMTP_RESUME": "run.resume",
         "CLOUD_PROVIDER": "cloud.provider",
+        "CLOUD_BUCKET": "cloud.bucket",
+        "CLOUD_PREFIX": "cloud.prefix",
+        "CLOUD_ENDPOINT_URL": "cloud.endpoint_url",
+        "CLOUD_REGION": "cloud.region",
+        # what other tools call the bucket; without CLOUD_PROVIDER they are none of our business
+        "S3_BUCKET_NAME": "cloud.bucket",
+        "BUCKET_NAME": "cloud.bucket",
     }
 )
 # what is not a setting of a run, but known all the same
@@ -34,7 +41,6 @@ OTHER: Mapping[str, str] = MappingProxyType(
         "WMTP_TEST_DATA": "folder that holds mbpp/mbpp.jsonl, for the tests and benchmarks on real data",
     }
 )
-_BUCKET = ("CLOUD_BUCKET", "CLOUD_PREFIX")
 
 
 def variable(key: str) -> str:
@@ -105,10 +111,7 @@ def _refused(name: str, where: str) -> Problem | None:
         near = nearest(name, KNOWN)
         fix = f"did you mean {near}?" if near else "unset it; docs/settings.md lists every variable"
         return Problem(f"unknown variable {name}", where, fix)
-    if name in _BUCKET:
-        what = f"{name} is set, but a bucket needs CLOUD_PROVIDER, and this version has local only"
-        return Problem(what, where, f"unset {name}; runs are kept under WMTP_WORKDIR")
-    if name.startswith("CLOUD_") and name not in KNOWN and (near := nearest(name, [*SHORT, *_BUCKET], 0.85)):
+    if name.startswith("CLOUD_") and name not in KNOWN and (near := nearest(name, [*SHORT], 0.85)):
         return Problem(f"unknown variable {name}", where, f"did you mean {near}?")
     return None
 

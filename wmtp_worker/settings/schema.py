@@ -46,9 +46,11 @@ def _workdir(value: object) -> object:
         raise ValueError("is relative to a current directory that is gone; name a folder from / on") from error
 
 
-def _provider(value: object) -> object:
-    if value in ("s3", "gcs", "azure"):
-        raise ValueError("is not available in this version; set it to local")
+def _prefix(value: object) -> object:
+    if isinstance(value, str):
+        value = value.strip("/")
+        if any(part in ("", ".", "..") for part in value.split("/")) and value:
+            raise ValueError("has an empty, '.' or '..' part; use plain names, as team/project")
     return value
 
 
@@ -152,9 +154,34 @@ class LoggingSettings(Section):
 
 
 class CloudSettings(Section):
-    provider: Annotated[Literal["local"], BeforeValidator(_provider)] = Field(
-        description="where runs are published; this version knows local, the work directory itself"
+    provider: Literal["local", "s3", "gcs", "azure"] = Field(
+        description="where runs, models and data sets are kept; local: in the folder cloud.bucket, or nowhere else"
     )
+    bucket: Text | None = Field(
+        description="bucket (Azure: container; local: a folder); null with local: only the work directory"
+    )
+    prefix: Annotated[str, BeforeValidator(_prefix)] = Field(
+        description="part of the bucket that is ours, as team/project; empty: all of it"
+    )
+    endpoint_url: Text | None = Field(
+        description="address of an S3-compatible or test server, or of the Azure account; null: the provider's own"
+    )
+    region: Text | None = Field(description="region of an S3 bucket; null: from AWS_REGION or the profile")
+    allow_http: bool = Field(description="whether an endpoint that is not this machine may be used without TLS")
+    checksum: Literal["auto", "sha256", "md5"] = Field(
+        description="how an S3 server checks what arrives; auto tries sha256 and takes md5 from servers that refuse it"
+    )
+    sse: Literal["AES256", "aws:kms"] | None = Field(
+        description="server-side encryption asked for with each S3 object; null: what the bucket does by itself"
+    )
+    kms_key: Text | None = Field(
+        description="key of the server-side encryption: KMS key of S3 or GCS, encryption scope of Azure"
+    )
+    concurrency: Annotated[int, Field(ge=1, le=256)] = Field(description="requests on their way at once")
+    memory: Annotated[int, Field(ge=16, le=65536)] = Field(description="bytes on their way at once, in MB")
+    bandwidth: NotNegative = Field(description="cap on what is sent and received, in MB/s; 0: none")
+    patience: NotNegative = Field(description="seconds for which a call in transient trouble is tried again")
+    close_seconds: NotNegative = Field(description="seconds to wait at the end of a run for what is not uploaded yet")
 
 
 class Settings(Section):
