@@ -17,12 +17,21 @@ KINDS = {
     errors.RunHeldError: 79,
     errors.Interrupted: 75,
     errors.NotSafeError: 74,
+    errors.StorageError: 75,
+    errors.ObjectNotFound: 78,
+    errors.BucketNotFound: 78,
+    errors.AccessDenied: 78,
+    errors.PreconditionFailed: 75,
+    errors.TransientError: 75,
+    errors.ExhaustedError: 75,
+    errors.IntegrityError: 78,
 }
 
 
 def test_every_error_has_its_exit_code_and_the_docstring_draws_them_all():
     assert {kind: kind.exit_code for kind in KINDS} == KINDS
-    assert set(errors.WorkerError.__subclasses__()) == set(KINDS) - {errors.WorkerError}
+    below = errors.WorkerError.__subclasses__() + errors.StorageError.__subclasses__()
+    assert set(below) == set(KINDS) - {errors.WorkerError}
     drawn = dict(re.findall(r"(?:├── |└── |^    )(\w+) +(\d+)", errors.__doc__, re.MULTILINE))
     assert drawn == {kind.__name__: str(code) for kind, code in KINDS.items()}
 

@@ -10,13 +10,14 @@ from urllib.parse import quote
 MASK = "***"
 _SHORTEST = 6  # shorter values are words that would mask half of a log
 
-# settings (WMTP_…) are no secrets, and *_FILE holds a path
+# settings (WMTP_…) are no secrets; *_FILE and GOOGLE_APPLICATION_CREDENTIALS hold paths
 _SECRET_NAME = re.compile(
-    r"(?!WMTP_)(?!.*_FILE$)"
+    r"(?!WMTP_)(?!.*_FILE$)(?!GOOGLE_APPLICATION_CREDENTIALS$)"
     r".*(KEY|SECRET|TOKEN(?!IZER)|PASSWORD|PASSWD|CONNECTION_STRING|CREDENTIAL|MLFLOW_TRACKING_USERNAME)"
 )
 _PATTERNS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"), MASK),
+    (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?-----END [A-Z ]*PRIVATE KEY-----", re.DOTALL), MASK),
     (re.compile(r"\bhf_[A-Za-z0-9]{20,}\b"), MASK),
     (re.compile(r"(?P<scheme>\b[a-zA-Z][a-zA-Z0-9+.-]*://)[^\s/@:]*:[^\s/]+@"), rf"\g<scheme>{MASK}@"),
     (re.compile(r"(?P<scheme>\bhttps?://)[^\s/@:*]+@"), rf"\g<scheme>{MASK}@"),

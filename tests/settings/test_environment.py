@@ -9,6 +9,9 @@ from wmtp_worker.settings.schema import SETTABLE
 from wmtp_worker.settings.secrets import SECRET_VARIABLES
 
 
+S3 = {"CLOUD_PROVIDER": "s3", "CLOUD_BUCKET": "b"}
+
+
 def refusal(**environ):
     with pytest.raises(SettingsError) as caught:
         load(environ=environ)
@@ -19,7 +22,7 @@ def refusal(**environ):
 def test_every_setting_can_be_set_by_its_variable(key):
     default = load(environ={})
     value = default.flat()[key]
-    settings = load(environ={variable(key): "null" if value is None else str(value)})
+    settings = load(environ={variable(key): "null" if value in (None, "") else str(value)})
     assert settings.flat() == default.flat()
     assert settings.sources[key] == f"variable {variable(key)}"
 
@@ -45,10 +48,25 @@ def test_no_two_settings_share_a_variable():
         ),
         (
             {"CLOUD_BUCKET": "b"},
-            "CLOUD_BUCKET is set, but a bucket needs CLOUD_PROVIDER, and this version has local only",
+            "cloud.bucket='b' is set, but not which provider has it (from variable CLOUD_BUCKET) "
+            "-> set CLOUD_PROVIDER to s3, gcs or azure; local for a folder",
         ),
-        ({"CLOUD_PREFIX": "p", "CLOUD_PROVIDER": "local"}, "CLOUD_PREFIX is set, but a bucket needs CLOUD_PROVIDER"),
-        ({"CLOUD_PROVIDER": "gcs"}, "cloud.provider='gcs' is not available in this version"),
+        ({"CLOUD_PROVIDER": "gcs"}, "needs a bucket -> set CLOUD_BUCKET, or CLOUD_PROVIDER=local"),
+        (
+            {"CLOUD_PROVIDER": "s3", "CLOUD_BUCKET": "s3://b/p/q"},
+            "set CLOUD_PROVIDER=s3 CLOUD_BUCKET=b CLOUD_PREFIX=p/q",
+        ),
+        ({"CLOUD_PROVIDER": "s3", "CLOUD_BUCKET": "b", "CLOUD_PREFIX": "a/../b"}, "has an empty, '.' or '..' part"),
+        (
+            {**S3, "CLOUD_ENDPOINT_URL": "http://minio.example:9000"},
+            "is without TLS (from variable CLOUD_ENDPOINT_URL)",
+        ),
+        ({**S3, "CLOUD_ENDPOINT_URL": "minio:9000"}, "is no address"),
+        ({**S3, "CLOUD_ENDPOINT_URL": "https://h:x"}, "is no address"),
+        ({**S3, "CLOUD_ENDPOINT_URL": "https://u:p@h"}, "has credentials in it"),
+        ({**S3, "WMTP_CLOUD__KMS_KEY": "k"}, "cloud.kms_key needs cloud.sse=aws:kms"),
+        ({"CLOUD_PROVIDER": "gcs", "CLOUD_BUCKET": "b", "WMTP_CLOUD__SSE": "AES256"}, "cloud.sse has no effect"),
+        ({**S3, "BUCKET_NAME": "c"}, "both set cloud.bucket, to different values"),
         ({"CLOUD_PROVIDOR": "s3"}, "unknown variable CLOUD_PROVIDOR (from variable CLOUD_PROVIDOR)"),
         (
             {"WMTP_ENV_FILE": "/nowhere/.env"},
@@ -59,6 +77,28 @@ def test_no_two_settings_share_a_variable():
 )
 def test_variables_that_are_refused(environ, line):
     assert line in refusal(**environ)
+
+
+@pytest.mark.parametrize("name", ["CLOUD_BUCKET", "S3_BUCKET_NAME", "BUCKET_NAME"])
+def test_every_name_of_the_bucket(name):
+    assert load(environ={"CLOUD_PROVIDER": "s3", name: "b"}).cloud.bucket == "b"
+    # one that other tools use means nothing where no provider is chosen
+    if name != "CLOUD_BUCKET":
+        assert load(environ={name: "b"}).cloud.bucket is None
+
+
+@pytest.mark.parametrize("url", ["http://localhost:9000", "http://127.0.0.1:1", "http://[::1]:1", "https://r2.example"])
+def test_endpoints_that_are_fine(url):
+    assert load(environ={**S3, "CLOUD_ENDPOINT_URL": url}).cloud.endpoint_url == url
+
+
+def test_plain_http_can_be_allowed():
+    environ = {**S3, "CLOUD_ENDPOINT_URL": "http://minio:9000", "WMTP_CLOUD__ALLOW_HTTP": "true"}
+    assert load(environ=environ).cloud.allow_http
+
+
+def test_a_prefix_is_a_plain_path():
+    assert load(environ={**S3, "CLOUD_PREFIX": "/team/project/"}).cloud.prefix == "team/project"
 
 
 def test_variables_of_others_are_left_alone():
@@ -97,7 +137,7 @@ def test_env_file_passes_on_what_is_not_ours_unless_it_is_set(elsewhere):
             "unknown variable WMTP_RUN_NAMES (from .env:1 WMTP_RUN_NAMES) -> did you mean WMTP_RUN_NAME?",
         ),
         ("\nWMTP_TRAINING__LR=x\n", "training.lr='x' is not a number (from .env:2 WMTP_TRAINING__LR)"),
-        ("CLOUD_BUCKET=b\n", "CLOUD_BUCKET is set, but a bucket needs CLOUD_PROVIDER"),
+        ("CLOUD_BUCKET=b\n", "cloud.bucket='b' is set, but not which provider has it (from .env:1 CLOUD_BUCKET)"),
         ("AWS_REGION=a\0b\n", ".env cannot be read: it is not UTF-8 text"),
     ],
 )

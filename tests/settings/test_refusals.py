@@ -82,8 +82,8 @@ def refusal(**arguments):
         ("run.resume=true", "run.resume=true is neither auto, never nor a step"),
         ("run.resume=latest", "run.resume='latest' is neither auto, never nor a step"),
         ("run.workdir=", "run.workdir=null is no path"),
-        ("cloud.provider=s3", "cloud.provider='s3' is not available in this version"),
-        ("cloud.provider=floppy", "-> set one of local"),
+        ("cloud.provider=s3", "cloud.provider=s3 (--set cloud.provider=s3) needs a bucket"),
+        ("cloud.provider=floppy", "-> set one of local, s3, gcs, azure"),
     ],
 )
 def test_one_wrong_value(override, line):

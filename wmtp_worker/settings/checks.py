@@ -1,6 +1,8 @@
 """Settings that are fine one by one but contradict each other."""
 
+import ipaddress
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 from wmtp_worker.settings.schema import FIELDS, MODEL_SHAPE, Settings
 from wmtp_worker.settings.values import Given, Problem, nearest
@@ -10,6 +12,7 @@ def contradictions(settings: Settings, given: dict[str, Given]) -> Iterator[Prob
     """Every contradiction, with the origin of each value that takes part in it."""
     yield from _model(settings, given)
     yield from _training(settings)
+    yield from _cloud(settings)
     for key in settings.run.accept_changes:
         if key not in FIELDS:
             near = nearest(key, tuple(FIELDS))
@@ -84,6 +87,58 @@ def _training(settings: Settings) -> Iterator[Problem]:
         yield Problem(what, settings.sources["training.early_stopping.patience"], fix)
     if isinstance(run.resume, int) and run.resume > training.max_steps:
         yield _clash(settings, "run.resume", "must not be greater than", "training.max_steps", "take an earlier step")
+
+
+_SCHEMES = {"s3": "s3", "gs": "gcs", "az": "azure"}
+
+
+def _cloud(settings: Settings) -> Iterator[Problem]:
+    cloud, sources = settings.cloud, settings.sources
+    chosen = f"cloud.provider={cloud.provider} ({sources['cloud.provider']})"
+    if cloud.bucket is None and cloud.provider != "local":
+        yield Problem(f"{chosen} needs a bucket", None, "set CLOUD_BUCKET, or CLOUD_PROVIDER=local")
+    if cloud.bucket is not None and "://" in cloud.bucket:
+        scheme, _, rest = cloud.bucket.partition("://")
+        name, _, prefix = rest.strip("/").partition("/")
+        asked = f"CLOUD_PROVIDER={_SCHEMES.get(scheme, cloud.provider)} CLOUD_BUCKET={name}"
+        fix = f"set {asked}" + (f" CLOUD_PREFIX={prefix}" if prefix else "")
+        yield Problem(f"cloud.bucket={cloud.bucket!r} is a URL, not a name", sources["cloud.bucket"], fix)
+    elif cloud.bucket is not None and "defaults.yaml:" in sources["cloud.provider"]:
+        # a folder called like the bucket would be made, and the work would be believed to be safe
+        what = f"cloud.bucket={cloud.bucket!r} is set, but not which provider has it"
+        yield Problem(what, sources["cloud.bucket"], "set CLOUD_PROVIDER to s3, gcs or azure; local for a folder")
+    if cloud.endpoint_url is not None:
+        yield from _endpoint(settings, cloud.endpoint_url)
+    if cloud.sse is not None and cloud.provider != "s3":
+        yield Problem(f"cloud.sse has no effect with {chosen}", sources["cloud.sse"], "drop it, or set cloud.kms_key")
+    if cloud.kms_key is not None and cloud.provider == "s3" and cloud.sse != "aws:kms":
+        yield Problem("cloud.kms_key needs cloud.sse=aws:kms", sources["cloud.kms_key"], "set both, or neither")
+
+
+def _endpoint(settings: Settings, url: str) -> Iterator[Problem]:
+    where = settings.sources["cloud.endpoint_url"]
+    try:
+        parts = urlsplit(url)
+        host, scheme = parts.hostname, parts.scheme
+        parts.port  # noqa: B018  # raises where it is no number
+    except ValueError:
+        host, scheme = None, ""
+    if scheme not in ("http", "https") or not host:
+        yield Problem(f"cloud.endpoint_url={url!r} is no address", where, "write https://host, or https://host:port")
+    elif parts.username or parts.password:
+        fix = "drop them; credentials come from variables such as AWS_SECRET_ACCESS_KEY"
+        yield Problem("cloud.endpoint_url has credentials in it", where, fix)
+    elif scheme == "http" and not is_loopback(host) and not settings.cloud.allow_http:
+        fix = "use https://, or set cloud.allow_http=true if the network between is yours"
+        yield Problem(f"cloud.endpoint_url={url!r} is without TLS", where, fix)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host's name or address means this machine."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _clash(settings: Settings, one: str, relation: str, other: str, fix: str) -> Problem:

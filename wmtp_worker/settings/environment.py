@@ -22,12 +22,12 @@ SHORT: Mapping[str, str] = MappingProxyType(
         "CLOUD_BUCKET": "cloud.bucket",
         "CLOUD_PREFIX": "cloud.prefix",
         "CLOUD_ENDPOINT_URL": "cloud.endpoint_url",
-        "CLOUD_REGION": "cloud.region",
-        # what other tools call the bucket; without CLOUD_PROVIDER they are none of our business
         "S3_BUCKET_NAME": "cloud.bucket",
         "BUCKET_NAME": "cloud.bucket",
     }
 )
+# what other tools call the bucket: none of our business where runs are kept locally
+BORROWED = ("S3_BUCKET_NAME", " BUCKET_NAME")
 # what is not a setting of a run, but known all the same
 OTHER: Mapping[str, str] = MappingProxyType(
     {

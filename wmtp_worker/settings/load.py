@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from wmtp_worker.errors import SettingsError
 from wmtp_worker.settings.checks import contradictions
-from wmtp_worker.settings.environment import foreign, read_env_file, settings_of
+from wmtp_worker.settings.environment import BORROWED, foreign, read_env_file, settings_of
 from wmtp_worker.settings.files import configs, find, read
 from wmtp_worker.settings.schema import SETTABLE, Settings
 from wmtp_worker.settings.secrets import read_secret_files
@@ -117,6 +117,8 @@ def _validate(values: dict[str, Given], chosen: dict[str, Given], problems: list
         return None
     values = {key: values[key] for key in SETTABLE if key in values}
     values = chosen | values
+    if (bucket := values.get("cloud.bucket")) and bucket.source.endswith(BORROWED) and _keeps_local(values):
+        values["cloud.bucket"] = Given(None, "default")
     name = values.get("run.name")
     if name is not None and name.value is None:
         made = f"{chosen['recipe'].value}-{chosen['preset'].value}"
@@ -129,6 +131,11 @@ def _validate(values: dict[str, Given], chosen: dict[str, Given], problems: list
     settings._sources.update({key: given.source for key, given in values.items()})
     problems += contradictions(settings, values)
     return settings
+
+
+def _keeps_local(values: Mapping[str, Given]) -> bool:
+    provider = values.get("cloud.provider")
+    return provider is None or provider.value == "local"
 
 
 def _tree(values: Mapping[str, Given]) -> dict[str, Any]:

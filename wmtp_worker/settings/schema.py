@@ -47,6 +47,8 @@ def _workdir(value: object) -> object:
 
 
 def _prefix(value: object) -> object:
+    if value in (None, "null"):
+        return ""
     if isinstance(value, str):
         value = value.strip("/")
         if any(part in ("", ".", "..") for part in value.split("/")) and value:
@@ -161,7 +163,7 @@ class CloudSettings(Section):
         description="bucket (Azure: container; local: a folder); null with local: only the work directory"
     )
     prefix: Annotated[str, BeforeValidator(_prefix)] = Field(
-        description="part of the bucket that is ours, as team/project; empty: all of it"
+        description="part of the bucket that is ours, as team/project; null: all of it"
     )
     endpoint_url: Text | None = Field(
         description="address of an S3-compatible or test server, or of the Azure account; null: the provider's own"
