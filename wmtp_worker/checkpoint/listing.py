@@ -4,7 +4,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from wmtp_worker.checkpoint.manifest import read_manifest, verify
-from wmtp_worker.checkpoint.store import steps
 from wmtp_worker.errors import CheckpointError
 from wmtp_worker.storage.layout import RunPaths
 
@@ -27,7 +26,7 @@ class Item:
 def list_checkpoints(paths: RunPaths, verified: bool = False) -> list[Item]:
     """The run's checkpoint folders by step, oldest first; with `verified` every byte of them is read."""
     items = []
-    for step in steps(paths):
+    for step in paths.steps():
         folder = paths.step(step)
         try:
             manifest = verify(folder) if verified else read_manifest(folder)

@@ -1,6 +1,5 @@
 """`manifest.json`: what a checkpoint is made of. It is written last: no manifest, no checkpoint."""
 
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -8,9 +7,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from wmtp_worker.errors import CheckpointError
+from wmtp_worker.errors import CheckpointError, InputError, IntegrityError
 from wmtp_worker.storage.atomic import write_text
 from wmtp_worker.storage.layout import MANIFEST, step_name
+from wmtp_worker.storage.seal import FileEntry, check_files
 
 FORMAT_VERSION = 1
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
@@ -18,13 +18,6 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 class NewerFormatError(CheckpointError):
     """The checkpoint was made by a newer worker: not damaged, so never passed over."""
-
-
-class FileEntry(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-    size: int = Field(ge=0, description="bytes")
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
 class Manifest(BaseModel):
@@ -48,13 +41,6 @@ class Manifest(BaseModel):
 
     def write(self, folder: Path) -> None:
         write_text(folder / MANIFEST, self.model_dump_json(indent=1) + "\n")
-
-
-def file_entry(path: Path) -> FileEntry:
-    """Size and SHA-256 of one file."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return FileEntry(size=path.stat().st_size, sha256=digest)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -91,15 +77,8 @@ def read_manifest(folder: Path) -> Manifest:
 def verify(folder: Path) -> Manifest:
     """The manifest, after every file's size and SHA-256 were found right. Raises `CheckpointError` at the first not."""
     manifest = read_manifest(folder)
-    for name, entry in manifest.files.items():
-        try:
-            size = (folder / name).stat().st_size
-            if size != entry.size:
-                raise CheckpointError(f"{name} has {size} bytes instead of {entry.size}", where=str(folder))
-            if file_entry(folder / name).sha256 != entry.sha256:
-                raise CheckpointError(f"{name} was changed: its SHA-256 differs", where=str(folder))
-        except FileNotFoundError:
-            raise CheckpointError(f"{name} is missing", where=str(folder)) from None
-        except OSError as error:
-            raise CheckpointError(f"{name} cannot be read: {error.strerror}", where=str(folder)) from None
+    try:
+        check_files(folder, manifest.files)
+    except (IntegrityError, InputError) as error:
+        raise CheckpointError(error.what, where=str(folder)) from None
     return manifest

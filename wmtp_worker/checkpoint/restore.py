@@ -12,7 +12,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from wmtp_worker.checkpoint.manifest import Manifest, NewerFormatError, verify
-from wmtp_worker.checkpoint.store import steps
 from wmtp_worker.errors import CheckpointError, InputError
 from wmtp_worker.storage.layout import RunPaths
 
@@ -64,7 +63,7 @@ def find(paths: RunPaths, resume: str | int) -> Checkpoint | None:
         return None
     if isinstance(resume, int):
         return _exactly(paths, resume)
-    for step in reversed(steps(paths)):
+    for step in reversed(paths.steps()):
         folder = paths.step(step)
         try:
             return Checkpoint(folder, verify(folder))
@@ -76,7 +75,7 @@ def find(paths: RunPaths, resume: str | int) -> Checkpoint | None:
 
 
 def _exactly(paths: RunPaths, step: int) -> Checkpoint:
-    available = steps(paths)
+    available = paths.steps()
     if step not in available:
         has = ", ".join(map(str, available)) or "none"
         raise InputError(

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from wmtp_worker.checkpoint.manifest import FileEntry, Manifest, file_entry
+from wmtp_worker.checkpoint.manifest import Manifest
 from wmtp_worker.storage.atomic import (
     TEMPORARY_PREFIX,
     disk_errors,
     fsync_path,
     publish,
+    set_aside,
     temporary,
     write_json,
 )
-from wmtp_worker.storage.layout import RunPaths, parse_step
-
-SET_ASIDE_PREFIX = "set-aside-"
+from wmtp_worker.storage.layout import RunPaths
+from wmtp_worker.storage.seal import FileEntry, file_entry
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,6 @@ class Snapshot:
     tensors: Mapping[str, Mapping[str, torch.Tensor]]
     documents: Mapping[str, Any]
     facts: Mapping[str, Any] = field(default_factory=dict)
-
-
-def steps(paths: RunPaths) -> list[int]:
-    """The steps that have a checkpoint folder, ascending; whether they verify is another question."""
-    found = (path for path in paths.checkpoints.glob("step_*") if path.is_dir())
-    return sorted(step for path in found if (step := parse_step(path.name)) is not None)
 
 
 def write(paths: RunPaths, snapshot: Snapshot) -> Path:
@@ -72,7 +66,7 @@ def write(paths: RunPaths, snapshot: Snapshot) -> Path:
             manifest.write(building)
             fsync_path(building)
             if os.path.lexists(folder):
-                set_aside(paths, [folder])
+                set_aside(paths.checkpoints, [folder])
             publish(building, folder)
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -89,13 +83,14 @@ def _seal(folder: Path, names: list[str]) -> dict[str, FileEntry]:
     return hashed
 
 
-def prune(paths: RunPaths, keep_last: int, newest: int) -> list[int]:
+def prune(paths: RunPaths, keep_last: int, newest: int, spare: Collection[int] = ()) -> list[int]:
     """Remove all but the last `keep_last` checkpoints up to step `newest`, the one just written; returns those removed.
 
+    Steps in `spare` stay: they are on their way to the bucket.
     Later ones did not verify when the run went on from an earlier one: they take nobody's place. A folder is renamed
     before it is emptied, so a crash leaves no half checkpoint under a valid name.
     """
-    removed = [step for step in steps(paths) if step <= newest][:-keep_last]
+    removed = [step for step in [step for step in paths.steps() if step <= newest][:-keep_last] if step not in spare]
     with disk_errors(paths.checkpoints):
         for step in removed:
             doomed = temporary(paths.step(step))
@@ -115,14 +110,3 @@ def sweep(paths: RunPaths) -> list[str]:
                 path.unlink()
             swept.append(path.name)
     return sorted(swept)
-
-
-def set_aside(paths: RunPaths, items: list[Path]) -> Path:
-    """Move files and folders of the run, in this order, into `set-aside-<UTC time>/`, where nothing looks for them."""
-    folder = paths.checkpoints / f"{SET_ASIDE_PREFIX}{datetime.now(UTC):%Y%m%dT%H%M%S-%f}"
-    with disk_errors(paths.checkpoints):
-        folder.mkdir()
-        for item in items:
-            shutil.move(item, folder / item.name)  # the logs may lie on another disk
-        fsync_path(paths.checkpoints)
-    return folder

@@ -3,15 +3,19 @@
 import errno
 import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from wmtp_worker.errors import DiskFullError, InputError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-TEMPORARY_PREFIX = ".tmp-"
+TEMPORARY_PREFIX = ".tmp-"  # of a process that writes it: swept when that is gone
+PARTIAL_PREFIX = ".partial-"  # what the next process goes on with
+SET_ASIDE_PREFIX = "set-aside-"
 
 
 def temporary(path: Path) -> Path:
@@ -63,6 +67,17 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, document: Any) -> None:
     """Replace `path` by `document` as JSON, atomically and durably."""
     write_text(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+
+
+def set_aside(folder: Path, items: Iterable[Path]) -> Path:
+    """Move files and folders, in this order, into `folder/set-aside-<UTC time>/`, where nothing looks for them."""
+    aside = folder / f"{SET_ASIDE_PREFIX}{datetime.now(UTC):%Y%m%dT%H%M%S-%f}"
+    with disk_errors(folder):
+        aside.mkdir()
+        for item in items:
+            shutil.move(item, aside / item.name)  # the logs may lie on another disk
+        fsync_path(folder)
+    return aside
 
 
 @contextmanager

@@ -28,35 +28,48 @@ _LOG_BYTES = 10_000_000
 
 
 @contextmanager
-def logging_to(path: Path, level: str, console: Console) -> Iterator[None]:
-    """While it lasts, what this package logs goes to `console` from `level` on, and all of it to `path` (rotated)."""
-    with disk_errors(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=3, encoding="utf-8")
+def logging_to_console(level: str, console: Console) -> Iterator[None]:
+    """While it lasts, what this package logs goes to `console`, from `level` on."""
     screen: logging.Handler
     if console.is_terminal:
         screen = RichHandler(console=console, show_path=False, omit_repeated_times=False, log_time_format="%H:%M:%S")
     else:
         screen = logging.StreamHandler(console.file)
         screen.setFormatter(logging.Formatter(_FORMAT))
-    file.setFormatter(logging.Formatter(_FORMAT))
+    screen.setLevel(level.upper())
     logger = logging.getLogger(LOGGER)
     before = logger.level, logger.propagate
     logger.setLevel(logging.DEBUG)
-    screen.setLevel(level.upper())
     logger.propagate = False
-    redact = RedactingFilter()
-    for handler in (file, screen):
-        handler.addFilter(redact)
-        logger.addHandler(handler)
+    try:
+        with _handler(screen):
+            yield
+    finally:
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
+
+
+@contextmanager
+def logging_to_file(path: Path) -> Iterator[None]:
+    """While it lasts, all that this package logs is appended to `path` too (rotated)."""
+    with disk_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=3, encoding="utf-8")
+    file.setFormatter(logging.Formatter(_FORMAT))
+    with _handler(file):
+        yield
+
+
+@contextmanager
+def _handler(handler: logging.Handler) -> Iterator[None]:
+    handler.addFilter(RedactingFilter())
+    logger = logging.getLogger(LOGGER)
+    logger.addHandler(handler)
     try:
         yield
     finally:
-        for handler in (file, screen):
-            logger.removeHandler(handler)
-            handler.close()
-        logger.setLevel(before[0])
-        logger.propagate = before[1]
+        logger.removeHandler(handler)
+        handler.close()
 
 
 class StepBar:

@@ -10,15 +10,16 @@ from rich.console import Console
 
 from wmtp_worker.checkpoint.lock import run_lock
 from wmtp_worker.checkpoint.store import sweep
-from wmtp_worker.errors import Interrupted, WorkerError
+from wmtp_worker.errors import Interrupted, NotSafeError, WorkerError
 from wmtp_worker.host.stop import StopRequest
 from wmtp_worker.host.workdir import prepare
 from wmtp_worker.settings import Settings
 from wmtp_worker.storage.layout import RunPaths
-from wmtp_worker.tracking.console import logging_to
+from wmtp_worker.tracking.console import logging_to_console, logging_to_file
 from wmtp_worker.tracking.heartbeat import Heartbeat
 from wmtp_worker.tracking.metrics import MetricsLog
 from wmtp_worker.tracking.report import draw
+from wmtp_worker.training.bucket import RunBucket
 from wmtp_worker.training.loop import train
 from wmtp_worker.training.session import Session
 from wmtp_worker.training.setup import set_up
@@ -58,35 +59,70 @@ class Summary:
 
 
 def run(settings: Settings, stop: StopRequest, console: Console) -> Summary:
-    """Train a run to its end, from wherever its newest checkpoint left it.
+    """Train a run to its end, from wherever its newest checkpoint left it, here or in the bucket.
 
     Raises `RunHeldError`, `Interrupted` (everything is saved), `TrainingDiverged`, `DiskFullError`, `InputError`,
-    `CheckpointError`; each leaves the checkpoints that were there whole.
+    `CheckpointError`, `NotSafeError` (finished, not all is in the bucket), and the bucket's `StorageError` before the
+    training has begun; each leaves the checkpoints that were there whole.
     """
     started = time.perf_counter()
     paths = RunPaths(settings.run.workdir, settings.run.name)
     prepare(paths.workdir)
-    with run_lock(paths.lock), logging_to(paths.training_log, settings.logging.level, console):
-        try:
-            for name in sweep(paths):
-                log.info("removed %s, left half written by a process that was killed", name)
-            heartbeat = Heartbeat(paths.heartbeat, paths.run)
-            session = set_up(settings, paths, stop, heartbeat)
-            with MetricsLog(paths.metrics, session.progress.metrics_size) as metrics:
-                session.metrics = metrics
-                first = session.progress.step
-                _train_or_save(session, console)
-                stop.check()
-                heartbeat.beat("export", step=session.progress.step)
-                if not paths.final.exists():
-                    session.export(best=False)
-                _draw(paths)
-                heartbeat.beat("done", step=session.progress.step)
-            return _summary(session, first, time.perf_counter() - started)
-        except Exception as error:
-            # the console shows it too, by the command line; the file is what is left after the machine is gone
-            log.debug("ended by %s", error, exc_info=not isinstance(error, WorkerError))
-            raise
+    with run_lock(paths.lock), logging_to_console(settings.logging.level, console):
+        swept = sweep(paths)
+        heartbeat = Heartbeat(paths.heartbeat, paths.run)
+        with RunBucket(settings, paths, stop.check) as bucket:
+            # before the log is opened: an earlier machine's may come from the bucket
+            bucket.fetch(lambda: heartbeat.beat("fetch"))
+            with logging_to_file(paths.training_log):
+                for name in swept:
+                    log.info("removed %s, left half written by a process that was killed", name)
+                summary = _run(settings, paths, stop, console, heartbeat, bucket, started)
+    return summary
+
+
+def _run(
+    settings: Settings,
+    paths: RunPaths,
+    stop: StopRequest,
+    console: Console,
+    heartbeat: Heartbeat,
+    bucket: RunBucket,
+    started: float,
+) -> Summary:
+    try:
+        session = set_up(settings, paths, stop, heartbeat, bucket)
+        with MetricsLog(paths.metrics, session.progress.metrics_size) as metrics:
+            session.metrics = metrics
+            first = session.progress.step
+            _train_or_save(session, console)
+            stop.check()
+            heartbeat.beat("export", step=session.progress.step)
+            if not paths.final.exists():
+                session.export(best=False)
+            _draw(paths)
+            _publish(session)
+            heartbeat.beat("done", step=session.progress.step)
+        return _summary(session, first, time.perf_counter() - started)
+    except Exception as error:
+        # the console shows it too, by the command line; the file is what is left after the machine is gone
+        log.debug("ended by %s", error, exc_info=not isinstance(error, WorkerError))
+        raise
+
+
+def _publish(session: Session) -> None:
+    session.bucket.finished()
+    if not_safe := _close(session):
+        names = ", ".join(not_safe)
+        raise NotSafeError(
+            f"the run is finished, but not in the bucket yet: {names}; {next(iter(not_safe.values()))}",
+            where=session.bucket.url,
+            fix=f"start the same command again with the same work directory, {session.paths.workdir}",
+        )
+
+
+def _close(session: Session) -> dict[str, str]:
+    return session.bucket.close(lambda: session.heartbeat.beat("upload", step=session.progress.step))
 
 
 def _draw(paths: RunPaths) -> None:
@@ -105,6 +141,8 @@ def _train_or_save(session: Session, console: Console) -> None:
         if progress.saved_at < progress.step:
             session.save()
         place = str(paths.step(progress.step)) if progress.step else "nothing yet, no step was finished"
+        if not_safe := _close(session):
+            place += f"; not in the bucket yet: {', '.join(not_safe)}"
         log.info("%s; saved: %s", interruption.what, place)
         # never, or a step, would do again what was just done
         again = interruption.fix if session.settings.run.resume == "auto" else "go on from there with --resume auto"

@@ -28,6 +28,7 @@ from wmtp_worker.settings import Settings
 from wmtp_worker.storage.layout import RunPaths
 from wmtp_worker.tracking.heartbeat import Heartbeat
 from wmtp_worker.tracking.metrics import MetricsLog
+from wmtp_worker.training.bucket import RunBucket
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +111,7 @@ class Session:
     threads: int
     stop: StopRequest
     heartbeat: Heartbeat
+    bucket: RunBucket
     progress: Progress = field(default_factory=Progress)
     resumed_from: int | None = None
     metrics: MetricsLog = field(init=False)
@@ -123,7 +125,7 @@ class Session:
         return self.progress.stopped_early or self.progress.step >= self.settings.training.max_steps
 
     def save(self) -> None:
-        """Write `step_N`, then drop checkpoints beyond `checkpoint.keep_last`.
+        """Write `step_N`, queue it for the bucket, then drop checkpoints beyond `checkpoint.keep_last`.
 
         Raises `DiskFullError`, and `TrainingDiverged` rather than save weights that are not finite.
         """
@@ -134,7 +136,9 @@ class Session:
         self.progress.metrics_size = self.metrics.sync()
         self.progress.saved_at = self.progress.step
         folder = store.write(self.paths, self._snapshot())
-        removed = store.prune(self.paths, self.settings.checkpoint.keep_last, self.progress.step)
+        self.bucket.saved(self.progress.step)
+        keep_last = self.settings.checkpoint.keep_last
+        removed = store.prune(self.paths, keep_last, self.progress.step, self.bucket.unpublished)
         seconds = time.perf_counter() - started
         pruned = f", removed {', '.join(f'step_{step}' for step in removed)}" if removed else ""
         log.info("saved %s in %.2f s%s", folder.name, seconds, pruned)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from wmtp_worker.assets.resolve import dataset_digest, dataset_folder, model_folder, tokenizer_folder
-from wmtp_worker.checkpoint import store
 from wmtp_worker.checkpoint.restore import find
 from wmtp_worker.data.mbpp import Split, read_split
 from wmtp_worker.data.sampler import PackedSampler
@@ -21,8 +20,10 @@ from wmtp_worker.host.stop import StopRequest
 from wmtp_worker.model.loading import base_digest, build, load
 from wmtp_worker.model.mtp import MTPForCausalLM
 from wmtp_worker.settings import Settings
+from wmtp_worker.storage.atomic import set_aside
 from wmtp_worker.storage.layout import RunPaths
 from wmtp_worker.tracking.heartbeat import Heartbeat
+from wmtp_worker.training.bucket import RunBucket
 from wmtp_worker.training.session import Dataset, Session
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 _BYTES_PER_PARAMETER = 12
 
 
-def set_up(settings: Settings, paths: RunPaths, stop: StopRequest, heartbeat: Heartbeat) -> Session:
+def set_up(settings: Settings, paths: RunPaths, stop: StopRequest, heartbeat: Heartbeat, bucket: RunBucket) -> Session:
     """Load everything and restore the newest checkpoint. Polls `stop` between the parts."""
     threads = set_threads(settings.host.threads)
     device = resolve_device(settings.host.device)
@@ -74,6 +75,7 @@ def set_up(settings: Settings, paths: RunPaths, stop: StopRequest, heartbeat: He
         threads=threads,
         stop=stop,
         heartbeat=heartbeat,
+        bucket=bucket,
     )
     part("restore")
     _restore(session)
@@ -139,7 +141,7 @@ def _restore(session: Session) -> None:
     if checkpoint is not None:
         session.restore(checkpoint)
         log.info("resuming from %s", checkpoint.folder)
-    later = [paths.step(step) for step in store.steps(paths) if step > session.progress.step]
+    later = [paths.step(step) for step in paths.steps() if step > session.progress.step]
     if checkpoint is None and resume == "auto":
         _warn_of_fresh_start(session, damaged=bool(later))
     anew = checkpoint is None and (resume == "never" or bool(later) or paths.final.exists())
@@ -153,7 +155,8 @@ def _restore(session: Session) -> None:
         record = [paths.metrics, paths.report] if anew else []
         obsolete += [paths.best, *record, *later]
     if obsolete := [path for path in obsolete if path.exists()]:
-        log.info("set aside %d items of the earlier run in %s", len(obsolete), store.set_aside(paths, obsolete))
+        log.info("set aside %d items of the earlier run in %s", len(obsolete), set_aside(paths.checkpoints, obsolete))
+    session.bucket.restored(session.progress.step)
     if not paths.best.exists():
         session.progress.best_loss, session.progress.without_improvement = None, 0
 

@@ -1,0 +1,197 @@
+"""`CloudSync`: models, data, checkpoints and logs between work directory and bucket, for people and for runs."""
+
+import logging
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from wmtp_worker.errors import StorageError
+from wmtp_worker.settings import CloudSettings, load
+from wmtp_worker.storage.background import Background
+from wmtp_worker.storage.layout import RunPaths
+from wmtp_worker.storage.objects import ObjectInfo
+from wmtp_worker.storage.open import open_store
+from wmtp_worker.storage.runs import RunSync
+from wmtp_worker.storage.transfer import Report, Transfer
+
+log = logging.getLogger(__name__)
+
+STATE = ".sync"
+
+
+@dataclass
+class Synced:
+    """What `sync_checkpoints` did: the step it fetched, those it published, and why anything is not safe."""
+
+    fetched: int | None = None
+    published: list[int] = field(default_factory=list)
+    not_safe: dict[str, str] = field(default_factory=dict)
+
+
+class CloudSync:
+    """One bucket and one work directory that mirrors it (see `storage.layout`). A context manager; thread-safe.
+
+    The methods that carry one thing raise `StorageError`, `IntegrityError` and `DiskFullError`. `sync_checkpoints` and
+    `sync_logs` never fail because of the bucket: they warn, keep the work locally, and say what is not safe.
+
+    With `cloud.provider=local` and no bucket the work directory is all there is: what is uploaded goes to its place
+    there, and runs have nothing to sync.
+    """
+
+    def __init__(self, cloud: CloudSettings, workdir: Path, check: Callable[[], None] = lambda: None) -> None:
+        """Opens the bucket without asking it anything yet. `check` is polled during transfers and may raise."""
+        self.workdir = workdir
+        self.check = check
+        self.here = cloud.provider == "local" and cloud.bucket is None
+        if self.here:
+            workdir.mkdir(parents=True, exist_ok=True)
+            cloud = cloud.model_copy(update={"bucket": str(workdir)})
+        self.store = open_store(cloud, check=self._poll)
+        self.transfer = Transfer(
+            self.store,
+            workdir / STATE,
+            concurrency=cloud.concurrency,
+            memory=cloud.memory << 20,
+            bandwidth=cloud.bandwidth * 1e6,
+            check=self._poll,
+        )
+        self._close_seconds = cloud.close_seconds
+        self._background: Background | None = None
+
+    def _poll(self) -> None:
+        self.check()
+
+    # --- one thing at a time -------------------------------------------------------------------------------
+
+    def upload_file(self, path: Path | str, key: str) -> ObjectInfo:
+        """Upload one file. Atomic: readers of the bucket see the old object or the whole new one."""
+        return self.transfer.upload_file(Path(path), key)
+
+    def download_file(self, key: str, path: Path | str) -> ObjectInfo:
+        """Download one object. Atomic: `path` is the old file or the whole new one, with the recorded SHA-256."""
+        return self.transfer.download_file(key, Path(path))
+
+    def upload_directory(
+        self,
+        folder: Path | str,
+        prefix: str,
+        *,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        delete: bool = False,
+        dry_run: bool = False,
+    ) -> Report:
+        """Upload what differs, by size and digest; `delete` removes objects that have no file. Each file is atomic."""
+        return self.transfer.push(
+            Path(folder), prefix, include=include, exclude=exclude, delete=delete, dry_run=dry_run
+        )
+
+    def download_directory(
+        self,
+        prefix: str,
+        folder: Path | str,
+        *,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        delete: bool = False,
+        dry_run: bool = False,
+    ) -> Report:
+        """Download what differs, by size and digest; `delete` removes files without object. Each file is atomic."""
+        return self.transfer.pull(
+            prefix, Path(folder), include=include, exclude=exclude, delete=delete, dry_run=dry_run
+        )
+
+    # --- a run -----------------------------------------------------------------------------------------------
+
+    def run(self, name: str) -> RunSync:
+        """The checkpoints and logs of one run."""
+        return RunSync(self.transfer, RunPaths(self.workdir, name))
+
+    def sync_checkpoints(self, run: str, keep_last: int | None = None) -> Synced:
+        """Bring both sides to the newest checkpoint that verifies (the table in `storage.runs`), exports included.
+
+        Publishes the local steps that are newer than the bucket's, `final.pt` and `best_model.pt`; with `keep_last`
+        older published steps are deleted afterwards. Training must not be under way in the same work directory.
+        """
+        result, side = Synced(), self.run(run)
+        if self.here:
+            return result
+        try:
+            result.fetched = side.fetch_checkpoint("auto")
+            newest = max(side.published_steps(), default=-1)
+        except StorageError as error:
+            log.warning("the checkpoints of %s stay where they are: %s", run, error)
+            result.not_safe = {f"step_{step}": str(error) for step in side.paths.steps()}
+            return result
+        for step in side.paths.steps():
+            if step > newest and self._try(f"step_{step}", lambda step=step: side.publish(step, False), result):  # type: ignore[misc]
+                result.published.append(step)
+        for path in (side.paths.best, side.paths.final):
+            if path.exists():
+                self._try(path.name, lambda path=path: side.publish_file(path), result)  # type: ignore[misc]
+        if keep_last is not None and result.published:
+            self._try("pruning", lambda: side.prune(keep_last, max(result.published)), result)
+        return result
+
+    def sync_logs(self, run: str) -> bool:
+        """Upload what is new in the run's logs; whether all of it is in the bucket now."""
+        return self.here or self._try("logs", self.run(run).publish_logs, Synced())
+
+    def _try(self, name: str, work: Callable[[], object], result: Synced) -> bool:
+        try:
+            work()
+        except (StorageError, OSError) as error:
+            log.warning("%s is not in the bucket, kept locally: %s", name, error)
+            result.not_safe[name] = str(error)
+            return False
+        return True
+
+    # --- behind the training ---------------------------------------------------------------------------------
+
+    @property
+    def background(self) -> Background:
+        """The queue of uploads, begun when first asked for."""
+        if self._background is None:
+            self._background = Background()
+            # what asks the training to stop must not stop the uploads of what it saved
+            self.check = self._background.check
+        return self._background
+
+    @property
+    def pending(self) -> Mapping[str, str]:
+        """Name to reason of what was queued and is not safe yet."""
+        return self._background.pending if self._background is not None else {}
+
+    def close(self, seconds: float | None = None, tick: Callable[[], None] = lambda: None) -> dict[str, str]:
+        """Finish the queued uploads within `seconds` (cloud.close_seconds), give everything back; what is not safe.
+
+        `tick` is called about once a second meanwhile.
+        """
+        not_safe: dict[str, str] = {}
+        try:
+            if self._background is not None:
+                background, self._background = self._background, None
+                not_safe = background.close(self._close_seconds if seconds is None else seconds, tick)
+        finally:
+            self.transfer.close()
+            self.store.close()
+        return not_safe
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(0 if error is not None else None)
+
+
+def get_cloud_sync_from_env(environ: MutableMapping[str, str] | None = None) -> CloudSync:
+    """A `CloudSync` for `CLOUD_PROVIDER`, `CLOUD_BUCKET`, `CLOUD_PREFIX`, … and `WMTP_WORKDIR`, `.env` included.
+
+    Raises `SettingsError`. The bucket is not asked anything yet.
+    """
+    settings = load(environ=environ)
+    return CloudSync(settings.cloud, settings.run.workdir)

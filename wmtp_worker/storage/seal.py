@@ -1,0 +1,101 @@
+"""Sealed folders: `manifest.json`, written last, names every file with size and SHA-256. No manifest, no folder.
+
+Checkpoints are sealed folders, and so are models and data sets that were pushed with their digests. How they travel is
+in `sealed`.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from wmtp_worker.errors import InputError, IntegrityError, ObjectNotFound
+from wmtp_worker.storage.atomic import write_text
+from wmtp_worker.storage.layout import MANIFEST
+from wmtp_worker.storage.transfer.paths import safe_path
+
+
+class FileEntry(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    size: int = Field(ge=0, description="bytes")
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class Seal(BaseModel):
+    """What every manifest has, whatever else is in it."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    files: dict[str, FileEntry]
+
+    @property
+    def bytes(self) -> int:
+        return sum(entry.size for entry in self.files.values())
+
+
+def file_entry(path: Path) -> FileEntry:
+    """Size and SHA-256 of one file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileEntry(size=path.stat().st_size, sha256=digest)
+
+
+def seal_folder(folder: Path) -> Seal:
+    """Write the manifest of a folder, hidden files left out, and return it. Raises `InputError` where it is empty."""
+    names = sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    names = [name for name in names if name != MANIFEST]
+    if not names:
+        raise InputError("the folder has no files", where=str(folder), fix="name a folder with a model or a data set")
+    with ThreadPoolExecutor() as pool:
+        entries = dict(zip(names, pool.map(lambda name: file_entry(folder / name), names), strict=True))
+    seal = Seal(files=entries)
+    write_text(folder / MANIFEST, json.dumps({"format_version": 1, **seal.model_dump()}, indent=1) + "\n")
+    return seal
+
+
+def parse_seal(data: bytes, where: str) -> Seal:
+    """The files that a manifest names. Raises `IntegrityError` where it is none."""
+    try:
+        return Seal.model_validate(json.loads(data))
+    except (ValidationError, ValueError, RecursionError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise IntegrityError(f"{MANIFEST} is malformed: {reason}", where=where) from None
+
+
+def verify_folder(folder: Path) -> Seal:
+    """The seal of a local folder, after every file's size and SHA-256 were found right.
+
+    Raises `IntegrityError` at the first that is not, `ObjectNotFound` where the folder has no manifest.
+    """
+    where = str(folder)
+    try:
+        seal = parse_seal((folder / MANIFEST).read_bytes(), where)
+    except OSError as error:
+        raise ObjectNotFound(f"{MANIFEST} cannot be read: {error.strerror}", where=where) from None
+    check_files(folder, seal.files)
+    return seal
+
+
+def check_files(folder: Path, files: Mapping[str, FileEntry]) -> None:
+    """Read every file and compare size and SHA-256. Raises `IntegrityError` at the first that is not right."""
+    where = str(folder)
+    for name, entry in files.items():
+        try:
+            path = safe_path(folder, name)
+            found = path.stat().st_size
+            if found != entry.size:
+                raise IntegrityError(f"{name} has {found} bytes instead of {entry.size}", where=where)
+            if file_entry(path).sha256 != entry.sha256:
+                raise IntegrityError(f"{name} was changed: its SHA-256 differs", where=where)
+        except FileNotFoundError:
+            raise IntegrityError(f"{name} is missing", where=where) from None
+        except OSError as error:
+            raise IntegrityError(f"{name} cannot be read: {error.strerror}", where=where) from None
