@@ -1,7 +1,7 @@
 """What every server of the tests looks like to a test."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from wmtp_worker.settings import CloudSettings, load
 
@@ -14,6 +14,8 @@ class Server:
     endpoint: str | None
     environ: Mapping[str, str]
     make_bucket: Callable[[], str]
+    # the same variables with credentials that the server refuses; empty where there are no credentials
+    wrong_environ: Mapping[str, str] = field(default_factory=dict)
 
     def variables(self, bucket: str, **changes: object) -> dict[str, str]:
         """The environment in which a worker uses that bucket; `changes` are settings of `cloud`, by name."""

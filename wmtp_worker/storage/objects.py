@@ -72,8 +72,10 @@ class ObjectStore(Protocol):
     def head(self, key: str) -> ObjectInfo:
         """Facts about one object, with `sha256` where it was recorded. Raises `ObjectNotFound`."""
 
-    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """Every object whose key begins with `prefix`, page by page, ascending by the key's UTF-8 bytes.
+    def list(self, prefix: str = "", after: str = "") -> Iterator[ObjectInfo]:
+        """Every object whose key begins with `prefix` and sorts behind `after`, page by page.
+
+        Ascending by the key's UTF-8 bytes.
 
         An empty result means that the bucket was read and nothing is there: a missing bucket raises `BucketNotFound`, a
         refusal `AccessDenied`.
@@ -84,7 +86,8 @@ class ObjectStore(Protocol):
     ) -> tuple[ObjectInfo, Buffer]:
         """Bytes `start` to `start + length` (None: to the end) of one object, which must still be `version`.
 
-        `size` of the info is that of the whole object. Raises `ObjectNotFound`; `PreconditionFailed` where the object
+        `size` of the info is that of the whole object. A range that goes past the end gives what there is, perhaps
+        nothing. Raises `ObjectNotFound`; `PreconditionFailed` where the object
         has another version; `TransientError` where fewer bytes came than the store announced.
         """
 
@@ -115,7 +118,7 @@ class ObjectStore(Protocol):
         """Copy within the bucket, without the bytes passing through here; SHA-256 and all. Raises `ObjectNotFound`."""
 
     def delete(self, key: str, *, if_version: str | None = None) -> None:
-        """Delete one object; none there is no error. With `if_version`: `PreconditionFailed` if it is another."""
+        """Delete one object; none there is no error. With `if_version`: `PreconditionFailed` if there is another."""
 
     def sweep(self, prefix: str, older_than: timedelta) -> int:
         """Abort uploads of keys under `prefix` that were begun longer ago and never finished; returns how many.
