@@ -1,0 +1,63 @@
+"""A folder as bucket, files to send, and a `Transfer` with parts so small that few bytes make many."""
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.servers.base import Server
+from wmtp_worker.storage.objects import ObjectStore
+from wmtp_worker.storage.transfer import Transfer
+
+PART = 64 << 10
+
+
+@pytest.fixture
+def bucket(directory_server: Server, opened: Callable[..., ObjectStore]) -> ObjectStore:
+    """An empty bucket that is a folder."""
+    return opened(directory_server, bucket=directory_server.make_bucket())
+
+
+@pytest.fixture
+def transfers(tmp_path: Path) -> Iterator[Callable[..., Transfer]]:
+    """`transfers(store, **settings)`: with parts of 64 KiB and a shared journal; closed at the end."""
+    made: list[Transfer] = []
+
+    def make(store: Any, **settings: Any) -> Transfer:
+        made.append(Transfer(store, settings.pop("state", tmp_path / "state"), **{"part_size": PART, **settings}))
+        return made[-1]
+
+    yield make
+    for transfer in made:
+        transfer.close()
+
+
+@pytest.fixture
+def transfer(transfers: Callable[..., Transfer], bucket: ObjectStore) -> Transfer:
+    """Between `bucket` and anywhere."""
+    return transfers(bucket)
+
+
+@pytest.fixture
+def make_file() -> Callable[..., bytes]:
+    """`make_file(path, size, seed)`: write random bytes, and return them."""
+
+    def make(path: Path, size: int, seed: int = 0) -> bytes:
+        data = random.Random(seed).randbytes(size)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        return data
+
+    return make
+
+
+@pytest.fixture
+def contents() -> Callable[[Path], dict[str, bytes]]:
+    """Every file below a folder, hidden ones too, by relative path."""
+
+    def read(folder: Path) -> dict[str, bytes]:
+        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    return read

@@ -1,0 +1,259 @@
+"""A whole folder to a prefix, back, or compared with it: the plan is carried out while it is made."""
+
+import functools
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from wmtp_worker.errors import InputError, IntegrityError, ObjectNotFound, PreconditionFailed, WorkerError
+from wmtp_worker.storage.atomic import disk_errors
+from wmtp_worker.storage.objects import ObjectInfo
+from wmtp_worker.storage.transfer.compare import differs, recorded_digest
+from wmtp_worker.storage.transfer.digest import hash_file
+from wmtp_worker.storage.transfer.download import STAGING, download_large, download_small, place_of
+from wmtp_worker.storage.transfer.limits import Heed
+from wmtp_worker.storage.transfer.locks import try_lock
+from wmtp_worker.storage.transfer.means import Means
+from wmtp_worker.storage.transfer.partial import remove
+from wmtp_worker.storage.transfer.paths import check_key, reading, safe_path, selector
+from wmtp_worker.storage.transfer.plan import Local, Pair, join, listing, walk
+from wmtp_worker.storage.transfer.pool import Group, Pool
+from wmtp_worker.storage.transfer.report import Action, Kind, Report
+from wmtp_worker.storage.transfer.upload import upload_large, upload_small
+
+# concern one file; the others go on
+_ONE_FILE = (InputError, IntegrityError, ObjectNotFound, PreconditionFailed)
+
+
+class _Folder:
+    """What push, pull and verify have in common: join both sides, decide, carry out, report."""
+
+    def __init__(
+        self,
+        means: Means,
+        large: Pool,
+        check: Heed,
+        folder: Path,
+        prefix: str,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        delete: bool = False,
+        dry_run: bool = False,
+    ) -> None:
+        prefix = prefix.strip("/")
+        self.means = means
+        self.folder = folder
+        self.prefix = f"{prefix}/" if prefix else ""
+        self.report = Report()
+        self._large = large
+        self._check = check
+        self._wanted = selector(include, exclude)
+        self._delete = delete
+        self._dry_run = dry_run
+
+    def run(self, avoid: Path) -> Report:
+        """Do it all; `avoid` is a folder whose files do not count. Raises what concerns more than one file."""
+        started = time.monotonic()
+        self.means.progress.start(None)
+        try:
+            with Group(self.means.requests, self._check) as group:
+                self.group = group
+                for pair in self._pairs(avoid):
+                    self.decide(pair)
+        finally:
+            self.report.seconds = time.monotonic() - started
+            self.means.progress.finish()
+            self.means.journal.flush()
+        return self.report
+
+    def decide(self, pair: Pair) -> None:
+        raise NotImplementedError
+
+    def act(self, kind: Kind, key: str, size: int, action: Callable[[], int | None]) -> None:
+        """Plan an action and run it here and now; it returns the bytes that travelled, if it moves a file."""
+        self.report.plan(Action(kind, key, size), listed=self._dry_run)
+        if self._dry_run:
+            return
+        try:
+            sent = action()
+        except _ONE_FILE as error:
+            self.report.fail(key, error)
+        else:
+            self.report.did(kind, sent)
+
+    def later(self, size: int, task: Callable[[], None]) -> None:
+        """Run `task` in the pool for files of this size."""
+        self.group.submit(task, self._large if size > self.means.part_size else None)
+
+    def _pairs(self, avoid: Path) -> Iterator[Pair]:
+        remotes = listing(self.means.store.list(self.prefix), self.prefix, self._wanted)
+        for number, pair in enumerate(join(walk(self.folder, self._wanted, avoid), remotes)):
+            if not number % 64:
+                self._check()
+                self.group.heed()
+            yield pair
+
+
+class Push(_Folder):
+    """From the folder to the bucket."""
+
+    def decide(self, pair: Pair) -> None:
+        local, remote = pair.local, pair.remote
+        if local is None:
+            if self._delete and remote is not None:
+                self.later(0, functools.partial(self.act, "delete", pair.key, remote.size, self._remover(remote.key)))
+            return
+        if remote is not None:
+            known = differs(self.means, local, remote)
+            if known is False:
+                self.report.skip()
+                return
+            if known is None:
+                self.later(local.stamp.size, functools.partial(self._compare, local, remote))
+                return
+        self.later(local.stamp.size, functools.partial(self._upload, local))
+
+    def _compare(self, local: Local, remote: ObjectInfo) -> None:
+        try:
+            different = differs(self.means, local, remote, self.group.heed)
+        except _ONE_FILE as error:
+            self.report.fail(local.key, error)
+            return
+        self._upload(local) if different else self.report.skip()
+
+    def _upload(self, local: Local) -> None:
+        def upload() -> int:
+            check_key(local.key)
+            way = upload_large if local.stamp.size > self.means.part_size else upload_small
+            return way(self.means, local.path, self.prefix + local.key, None, self.group.heed)[1]
+
+        self.act("upload", local.key, local.stamp.size, upload)
+
+    def _remover(self, key: str) -> Callable[[], None]:
+        return lambda: self.means.store.delete(key)
+
+
+class Pull(_Folder):
+    """From the bucket to the folder."""
+
+    def run(self, avoid: Path) -> Report:
+        self._numbers = itertools.count()
+        self._made: set[str] = set()
+        self._staging = self.folder / STAGING
+        self._sweep("p-*")
+        try:
+            report = super().run(avoid)
+        finally:
+            self._sweep("p-*")
+        if not report.failed and not self._dry_run:
+            self._sweep("*.data")
+        return report
+
+    def decide(self, pair: Pair) -> None:
+        local, remote = pair.local, pair.remote
+        if remote is None:
+            if self._delete and local is not None:
+                self.act("delete", pair.key, local.stamp.size, functools.partial(self._remove, local))
+            return
+        if local is not None:
+            known = differs(self.means, local, remote)
+            if known is False:
+                self.report.skip()
+                return
+            if known is None:
+                self.later(remote.size, functools.partial(self._compare, local, remote))
+                return
+        self.later(remote.size, functools.partial(self._download, pair.key, remote))
+
+    def _compare(self, local: Local, remote: ObjectInfo) -> None:
+        try:
+            different = differs(self.means, local, remote, self.group.heed)
+        except _ONE_FILE as error:
+            self.report.fail(local.key, error)
+            return
+        self._download(local.key, remote) if different else self.report.skip()
+
+    def _download(self, key: str, info: ObjectInfo) -> None:
+        self.act("download", key, info.size, functools.partial(self._fetch, key, info))
+
+    def _fetch(self, key: str, info: ObjectInfo) -> int:
+        path = self._target(key)
+        if info.size > self.means.part_size:
+            place = place_of(self._staging, key)
+            return download_large(self.means, info, path, place, None, self.group.heed, durable=False)[1]
+        temporary = self._staging / f"p-{next(self._numbers)}"
+        return download_small(self.means, info, path, temporary, None, self.group.heed, durable=False)[1]
+
+    def _target(self, key: str) -> Path:
+        """The path for a key, its folders made. Folders once found to be folders are not looked at again."""
+        parent, _, _ = key.rpartition("/")
+        if parent in self._made:
+            check_key(key)
+            path = self.folder / key
+            if path.is_symlink():
+                safe_path(self.folder, key)  # says so
+            return path
+        path = safe_path(self.folder, key)
+        with disk_errors(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        self._made.add(parent)
+        return path
+
+    def _remove(self, local: Local) -> None:
+        with disk_errors(local.path.parent):
+            local.path.unlink(missing_ok=True)
+            for folder in local.path.parents:
+                if folder == self.folder:
+                    break
+                try:
+                    folder.rmdir()
+                except OSError:
+                    break
+
+    def _sweep(self, pattern: str) -> None:
+        """Remove what an earlier, killed pull left; only called while no other one can be at it."""
+        for path in self._staging.glob(pattern):
+            if path.suffix != ".data":
+                path.unlink(missing_ok=True)
+                continue
+            with try_lock(path.with_suffix(".lock")) as free:
+                if free:
+                    remove(path.with_suffix(""))
+
+
+class Verify(_Folder):
+    """Compare by content; changes nothing."""
+
+    def decide(self, pair: Pair) -> None:
+        local, remote = pair.local, pair.remote
+        self.report.plan(Action("verify", pair.key, local.stamp.size if local else 0))
+        if remote is None:
+            self._differs(pair.key, "is not in the bucket")
+        elif local is None:
+            self._differs(pair.key, "is missing in the folder")
+        elif local.stamp.size != remote.size:
+            self._differs(pair.key, f"has {local.stamp.size} bytes, the object {remote.size}")
+        else:
+            # in the pool of large files: whoever reads an object in parts waits for the other pool
+            self.later(local.stamp.size, functools.partial(self._compare, local, remote))
+
+    def _compare(self, local: Local, remote: ObjectInfo) -> None:
+        try:
+            kind, wanted = recorded_digest(self.means, remote, self.group.heed)
+            with reading(local.path):
+                found = hash_file(local.path, self.group.heed, kind=kind)
+        except _ONE_FILE as error:
+            self.report.fail(local.key, error)
+            return
+        self.means.progress.advance(local.stamp.size, 1)
+        if found == wanted:
+            self.report.did("verify")
+        else:
+            self._differs(local.key, f"has another {kind.upper()} than the object")
+
+    def _differs(self, key: str, what: str) -> None:
+        error: WorkerError = IntegrityError(
+            f"{key} {what}", where=f"verify {self.means.store.url}/{self.prefix}{key}", fix="push or pull it again"
+        )
+        self.report.fail(key, error)

@@ -1,0 +1,67 @@
+"""Locks between processes that download to one place; they die with their process."""
+
+import contextlib
+import fcntl
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from wmtp_worker.storage.atomic import disk_errors
+from wmtp_worker.storage.transfer.limits import POLL, Heed
+
+LOG = logging.getLogger(__name__)
+
+
+@contextmanager
+def file_lock(path: Path, check: Heed) -> Iterator[None]:
+    """Hold `path` exclusively, waiting for whoever has it; the file and its folder, if empty, are gone afterwards."""
+    waited = False
+    while (descriptor := _try(path)) is None:
+        if not waited:
+            LOG.info("waiting for another process that downloads to %s", path.parent.parent)
+            waited = True
+        time.sleep(POLL)
+        check()
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+        with contextlib.suppress(OSError):
+            path.parent.rmdir()
+
+
+@contextmanager
+def try_lock(path: Path) -> Iterator[bool]:
+    """Hold `path` if nobody has it; yields whether."""
+    descriptor = _try(path)
+    try:
+        yield descriptor is not None
+    finally:
+        if descriptor is not None:
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
+
+
+def _try(path: Path) -> int | None:
+    """An open descriptor that holds the lock, or None: somebody else does, or has just removed the file."""
+    with disk_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except FileNotFoundError:
+            return None  # its folder was removed in this moment
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
+                return descriptor
+        except (BlockingIOError, FileNotFoundError):
+            pass
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+        return None

@@ -1,0 +1,180 @@
+"""One file to one object: small ones by one request, large ones in parts that a later process can go on with."""
+
+import contextlib
+import functools
+import hashlib
+import os
+import time
+from pathlib import Path
+
+from wmtp_worker.errors import InputError, IntegrityError, ObjectNotFound, StorageError
+from wmtp_worker.storage.objects import ObjectInfo, PartUpload
+from wmtp_worker.storage.transfer.digest import InOrderDigest, hash_descriptor
+from wmtp_worker.storage.transfer.journal import Stamp
+from wmtp_worker.storage.transfer.limits import Heed
+from wmtp_worker.storage.transfer.means import Means, Sent, can_go_on
+from wmtp_worker.storage.transfer.paths import reading
+from wmtp_worker.storage.transfer.pool import Group
+
+_READS = 3
+_READ_AGAIN_SECONDS = 0.1
+_MOST_PARTS = 9000  # S3 takes 10,000
+_MIB = 1 << 20
+
+
+class _ChangedError(Exception):
+    """The file is not what it was when its digest was taken."""
+
+
+def upload_small(means: Means, path: Path, key: str, expected: str | None, heed: Heed) -> tuple[ObjectInfo, int]:
+    """Put a file by one request; the digest recorded is that of the bytes sent. Returns the object and bytes sent.
+
+    Atomic, as `ObjectStore.put`. Raises `InputError` where the file cannot be read or does not hold still, and
+    `IntegrityError` where it is not the file that `expected` is the SHA-256 of.
+    """
+    with reading(path):
+        size = os.stat(path).st_size
+    with means.memory.hold(size, heed):
+        data, stamp = _read_whole(path, heed)
+        digest = hashlib.sha256(data).hexdigest()
+        if expected is not None and digest != expected:
+            raise _not_expected(path, expected)
+        means.bandwidth.take(len(data), heed)
+        info = means.store.put(key, data, sha256=digest)
+    means.journal.note_file(path, stamp, digest)
+    means.journal.note_object(key, info.version, digest)
+    means.progress.advance(len(data), 1)
+    return info, len(data)
+
+
+def upload_large(means: Means, path: Path, key: str, expected: str | None, check: Heed) -> tuple[ObjectInfo, int]:
+    """Send a file in parts, in parallel; goes on with an unfinished upload of the same content. As `upload_small`.
+
+    Atomic: nothing is visible until all is there. An interruption leaves parts that the next attempt skips. Must not
+    be called from a thread of the request pool, whose tasks it waits for.
+    """
+    for _ in range(_READS):
+        with contextlib.suppress(_ChangedError):
+            return _upload_parts(means, path, key, expected, check)
+    raise _keeps_changing(path)
+
+
+def _upload_parts(means: Means, path: Path, key: str, expected: str | None, check: Heed) -> tuple[ObjectInfo, int]:
+    sent = Sent()
+    with reading(path):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    with Group(means.requests, check) as group:
+        group.at_last(lambda: os.close(descriptor))
+        stamp = Stamp.of(os.fstat(descriptor))
+        known = means.journal.file_digest(path, stamp)
+        if expected is not None and known not in (None, expected):
+            raise _not_expected(path, expected)
+        digest = known or expected or hash_descriptor(descriptor, stamp.size, check)
+        if Stamp.of(os.fstat(descriptor)) != stamp:
+            raise _ChangedError
+        means.journal.note_file(path, stamp, digest) if not expected else None
+        upload = _begin(means, path, key, digest, stamp.size)
+        # a digest that was only claimed is checked on the way
+        witness = None if known or not expected else InOrderDigest(descriptor, stamp.size, upload.part_size, group.heed)
+        try:
+            _send_parts(means, group, upload, descriptor, stamp, sent, witness)
+            if Stamp.of(os.fstat(descriptor)) != stamp:
+                raise _ChangedError
+            if witness and witness.hexdigest() != digest:
+                raise _not_expected(path, digest)
+            info = upload.finish()
+        except BaseException as error:
+            _give_up(means, upload, key, error)
+            raise
+    means.journal.forget_upload(key)
+    if info.sha256 not in (None, digest):
+        # an unfinished upload of other content was taken up, whose digest was recorded when it began
+        raise _ChangedError
+    means.journal.note_file(path, stamp, digest)
+    means.journal.note_object(key, info.version, digest)
+    means.progress.advance(0, 1)
+    return info, sent.total
+
+
+def _begin(means: Means, path: Path, key: str, digest: str, size: int) -> PartUpload:
+    part_size = max(means.part_size, -(-size // _MOST_PARTS // _MIB) * _MIB)
+    token = means.journal.upload(key, digest)
+    try:
+        upload = means.store.begin(key, path, digest, part_size, token)
+    except ObjectNotFound:
+        if token is None:
+            raise
+        upload = means.store.begin(key, path, digest, part_size, None)  # it was thrown away meanwhile
+    means.journal.note_upload(key, digest, upload.token)
+    return upload
+
+
+def _send_parts(
+    means: Means,
+    group: Group,
+    upload: PartUpload,
+    descriptor: int,
+    stamp: Stamp,
+    sent: Sent,
+    witness: InOrderDigest | None,
+) -> None:
+    def send(number: int) -> None:
+        group.heed()
+        offset = number * upload.part_size
+        length = min(upload.part_size, stamp.size - offset)
+        with means.memory.hold(length, group.heed):
+            data = os.pread(descriptor, length, offset)
+            if len(data) != length:
+                raise _ChangedError
+            if witness:
+                witness.add(number, data)
+            if not upload.has(number, data):
+                means.bandwidth.take(length, group.heed)
+                upload.put(number, data)
+                sent.add(length)
+        means.progress.advance(length)
+
+    for number in range(-(-stamp.size // upload.part_size)):
+        group.submit(functools.partial(send, number))
+        if upload.sequential:
+            group.wait()
+    group.wait()
+
+
+def _give_up(means: Means, upload: PartUpload, key: str, error: BaseException) -> None:
+    if not can_go_on(error):
+        with contextlib.suppress(StorageError):
+            upload.abort()
+        means.journal.forget_upload(key)
+
+
+def _read_whole(path: Path, heed: Heed) -> tuple[bytes, Stamp]:
+    """Bytes and stamp of a file that did not change while it was read."""
+    for attempt in range(_READS):
+        if attempt:
+            time.sleep(_READ_AGAIN_SECONDS)
+            heed()
+        with reading(path):
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                stamp = Stamp.of(os.fstat(descriptor))
+                data = os.read(descriptor, stamp.size + 1)
+                if len(data) == stamp.size and Stamp.of(os.fstat(descriptor)) == stamp:
+                    return data, stamp
+            finally:
+                os.close(descriptor)
+    raise _keeps_changing(path)
+
+
+def _keeps_changing(path: Path) -> InputError:
+    return InputError(
+        "the file changes while it is uploaded", where=str(path), fix="upload it when nobody writes to it"
+    )
+
+
+def _not_expected(path: Path, expected: str) -> IntegrityError:
+    return IntegrityError(
+        f"the file's SHA-256 is not {expected}, which was recorded for it",
+        where=f"upload {path}",
+        fix="make the file anew; it was changed or damaged",
+    )
