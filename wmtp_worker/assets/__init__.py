@@ -1,1 +1,1 @@
-"""Where models, tokenizers and datasets come from. A first cut: the package, a path, or the work directory."""
+"""Where models, tokenizers and data sets come from: the work directory, else the bucket, else the hub."""

@@ -1,4 +1,4 @@
-"""A name or a path, turned into a local folder."""
+"""A name or a path, turned into a local folder. Nothing is fetched here: see `fetch`."""
 
 import hashlib
 import os
@@ -9,9 +9,10 @@ from wmtp_worker.data.mbpp import split_files
 from wmtp_worker.data.tokenizer import PACKAGED as PACKAGED_TOKENIZER
 from wmtp_worker.errors import InputError
 from wmtp_worker.settings import Settings
-from wmtp_worker.storage.layout import dataset_dir, model_dir
+from wmtp_worker.storage.layout import AssetKind, asset_dir, asset_name
 
 SAMPLE_DATASET = "sample"
+TOKENIZER_SUFFIX = "--tokenizer"  # of a folder that has a hub model's tokenizer and not its weights
 
 
 def dataset_folder(settings: Settings) -> Path:
@@ -19,12 +20,7 @@ def dataset_folder(settings: Settings) -> Path:
     wanted = settings.data.dataset
     if wanted == SAMPLE_DATASET:
         return Path(str(files("wmtp_worker") / "data" / "sample"))
-    return _existing(
-        wanted,
-        dataset_dir(settings.run.workdir, wanted),
-        "data.dataset",
-        f"{SAMPLE_DATASET}, a name under <workdir>/datasets",
-    )
+    return _existing(settings, wanted, "datasets", "data.dataset", f"{SAMPLE_DATASET}, a name under <workdir>/datasets")
 
 
 def model_folder(settings: Settings) -> Path | None:
@@ -32,7 +28,7 @@ def model_folder(settings: Settings) -> Path | None:
     wanted = settings.model.path
     if wanted is None:
         return None
-    return _existing(wanted, model_dir(settings.run.workdir, wanted), "model.path", "a name under <workdir>/models")
+    return _existing(settings, wanted, "models", "model.path", "a name under <workdir>/models")
 
 
 def tokenizer_folder(settings: Settings) -> Path:
@@ -40,9 +36,20 @@ def tokenizer_folder(settings: Settings) -> Path:
     wanted = settings.model.tokenizer
     if wanted is not None:
         return _existing(
-            wanted, model_dir(settings.run.workdir, wanted), "model.tokenizer", "a name under <workdir>/models"
+            settings, wanted, "models", "model.tokenizer", "a name under <workdir>/models", alone=TOKENIZER_SUFFIX
         )
     return model_folder(settings) or PACKAGED_TOKENIZER
+
+
+def candidates(workdir: Path, wanted: str, kind: AssetKind, alone: str = "") -> list[Path]:
+    """Where a name or path may lie, the first that is there counts: under the work directory, then as a path.
+
+    The hub's `org/name` is looked for as `org--name` too; `alone` is the end of one more folder's name.
+    """
+    folder = asset_name(wanted)
+    names = [wanted] if folder is None else [folder, f"{folder}{alone}", wanted]
+    paths = [*(asset_dir(workdir, kind, name) for name in names), Path(os.path.expanduser(wanted))]
+    return list(dict.fromkeys(paths))
 
 
 def dataset_digest(folder: Path) -> str:
@@ -53,13 +60,13 @@ def dataset_digest(folder: Path) -> str:
     return total.hexdigest()
 
 
-def _existing(wanted: str, named: Path, key: str, names: str) -> Path:
-    direct = Path(wanted).expanduser()
-    for path in (named, direct):
+def _existing(settings: Settings, wanted: str, kind: AssetKind, key: str, names: str, alone: str = "") -> Path:
+    paths = candidates(settings.run.workdir, wanted, kind, alone)
+    for path in paths:
         if os.path.exists(path):  # Path.exists raises for names too long
             return path.resolve()
     raise InputError(
         f"{key}={wanted!r} is not there",
-        where=" and ".join(dict.fromkeys((str(named), str(direct.absolute())))),
+        where=" and ".join(str(path.absolute()) for path in paths),
         fix=f"set {key} to {names}, or to a path that exists",
     )

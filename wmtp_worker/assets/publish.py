@@ -1,0 +1,100 @@
+"""Models and data sets put into the bucket, each under its name, with the digests of its files."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from wmtp_worker.assets.fetch import PUSHING
+from wmtp_worker.errors import InputError, IntegrityError, PreconditionFailed
+from wmtp_worker.storage.layout import MANIFEST, AssetKind, asset_name, asset_prefix
+from wmtp_worker.storage.seal import Seal, seal_folder, verify_folder
+from wmtp_worker.storage.sealed import push_sealed, read_seal
+from wmtp_worker.storage.transfer import Transfer
+
+# any one of them makes a folder what it is said to be
+_SIGNS = {"models": ("config.json", "tokenizer.json"), "datasets": ("*.jsonl",)}
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What is in the bucket now; `sent` is False where it had been there already, all of it."""
+
+    name: str
+    url: str
+    files: int
+    bytes: int
+    sent: bool
+
+
+def push(transfer: Transfer, folder: Path, kind: AssetKind, name: str, *, replace: bool = False) -> Pushed:
+    """Put a local folder into the bucket as `models/<name>` or `datasets/<name>`; hidden files stay here.
+
+    The digests of its files are recorded first, in its `manifest.json`, which is sent last: before that, nobody takes
+    the folder for a whole one. Raises `InputError` where the folder is none of that kind or was changed since its
+    digests were recorded, and where, without `replace`, the bucket has something else under the name.
+    """
+    stored = asset_name(name)
+    if stored is None:
+        fix = "use letters and digits, then also '.', '_' and '-', or the hub's org/name"
+        raise InputError(f"{name!r} is no name for a folder in the bucket", fix=fix)
+    seal = _seal(folder, kind)
+    prefix = asset_prefix(kind, stored)
+    store = transfer.store
+    url = f"{store.url}/{prefix}"
+    published = read_seal(store, prefix)
+    if published is None and not replace:
+        _check_room_for(transfer, prefix, seal)
+    # until the manifest is there, this tells a push from a folder that other tools made
+    if published is None or published[0] != seal:
+        if published is not None and not replace:
+            raise _taken(url)
+        store.put(prefix + PUSHING, b"")
+    try:
+        sent = push_sealed(transfer, folder, prefix, replace=replace)
+    except PreconditionFailed as error:
+        raise _taken(url) from error
+    store.delete(prefix + PUSHING)
+    return Pushed(stored, url, len(seal.files), seal.bytes, sent)
+
+
+def _seal(folder: Path, kind: AssetKind) -> Seal:
+    """The folder's digests, recorded before or now; see `push`."""
+    signs = _SIGNS[kind]
+    if not any(next(folder.glob(sign), None) for sign in signs):
+        what = "model or tokenizer" if kind == "models" else "data set"
+        fix = "add --dataset for a data set" if kind == "models" else "a data set has *.jsonl files"
+        raise InputError(f"the folder holds no {what}: no {' and no '.join(signs)}", where=str(folder), fix=fix)
+    if not (folder / MANIFEST).exists():
+        return seal_folder(folder)
+    try:
+        seal = verify_folder(folder)
+    except IntegrityError as error:
+        fix = f"restore it, or, if it is as you want it, delete its {MANIFEST}: its digests are then recorded anew"
+        raise InputError(f"{error.what} (its digests were recorded before)", where=error.where, fix=fix) from error
+    if more := sorted(_visible(folder) - seal.files.keys()):
+        fix = f"remove it, or delete {MANIFEST} there: the digests are then recorded anew"
+        raise InputError(f"{more[0]} is not among the recorded files", where=str(folder), fix=fix)
+    return seal
+
+
+def _visible(folder: Path) -> set[str]:
+    """The files of a folder that are pushed, by relative name."""
+    paths = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+    names = {path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts)}
+    return names - {MANIFEST}
+
+
+def _check_room_for(transfer: Transfer, prefix: str, seal: Seal) -> None:
+    """Raise `InputError` where objects without a manifest would be overwritten or deleted."""
+    store = transfer.store
+    there = {info.key.removeprefix(prefix): info.size for info in store.list(prefix)}
+    if PUSHING in there:
+        return
+    there.pop("", None)  # what consoles make for an empty folder
+    sizes = {name: entry.size for name, entry in seal.files.items()}
+    if any(sizes.get(name) != size for name, size in there.items()):
+        raise _taken(f"{store.url}/{prefix}")
+
+
+def _taken(url: str) -> InputError:
+    fix = "choose another --name, or add --replace"
+    return InputError("the bucket has something else under this name", where=url, fix=fix)
