@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from tests.servers.directory import directory_server  # noqa: F401
+from tests.servers.gcs import fake_gcs_server, gcs_process, gcs_server  # noqa: F401
 from wmtp_worker.host.stop import StopRequest
 from wmtp_worker.settings import load
 from wmtp_worker.storage.layout import RunPaths
