@@ -86,12 +86,15 @@ def selector(include: Sequence[str], exclude: Sequence[str]) -> Callable[[str], 
 def _patterns(patterns: Sequence[str]) -> Callable[[str], object] | None:
     if not patterns:
         return None
-    parts = []
-    for pattern in patterns:
-        anchored = "/" in pattern
-        pattern = f"{pattern}*" if pattern.endswith("/") else pattern
-        parts.append(("" if anchored else "(?:.*/)?") + fnmatch.translate(pattern.lstrip("/")))
-    return re.compile("|".join(f"(?:{part})" for part in parts), re.DOTALL).match
+    paths = [f"{pattern}*" if pattern.endswith("/") else pattern for pattern in patterns if "/" in pattern]
+    path_match = _any_of([pattern.lstrip("/") for pattern in paths])
+    name_match = _any_of([pattern for pattern in patterns if "/" not in pattern])
+    return lambda key: path_match(key) or name_match(key.rpartition("/")[2])
+
+
+def _any_of(patterns: Sequence[str]) -> Callable[[str], object]:
+    # (?!) matches nothing
+    return re.compile("|".join(f"(?:{fnmatch.translate(pattern)})" for pattern in patterns) or "(?!)").match
 
 
 @contextmanager
