@@ -17,7 +17,7 @@ from wmtp_worker.assets.hub import Repository, Wanted, download
 from wmtp_worker.assets.resolve import SAMPLE_DATASET, TOKENIZER_SUFFIX, candidates
 from wmtp_worker.errors import ExhaustedError, InputError
 from wmtp_worker.settings import Settings
-from wmtp_worker.storage.atomic import PARTIAL_PREFIX, TEMPORARY_PREFIX, disk_errors, fsync_path, publish
+from wmtp_worker.storage.atomic import PARTIAL_PREFIX, disk_errors, fsync_path, publish
 from wmtp_worker.storage.layout import AssetKind, asset_dir, asset_name, asset_prefix, is_hub_name
 from wmtp_worker.storage.seal import Seal, seal_folder
 from wmtp_worker.storage.sealed import pull_sealed, read_seal
@@ -27,6 +27,7 @@ from wmtp_worker.storage.transfer.progress import LogLines
 log = logging.getLogger(__name__)
 
 PUSHING = ".pushing"  # in a bucket's folder: files may be missing yet
+_HIDDEN = (".*", ".*/", "*/.*/")  # .git and the like are no part of an asset
 _POLL_SECONDS = 0.2
 _CLEANED_UP = ("hub", "files")  # ends of the hidden folders made here
 
@@ -203,8 +204,8 @@ def pull(transfer: Transfer, prefix: str, folder: Path) -> Seal | None:
     building = _partial(folder, "files")
     with disk_errors(folder.parent):
         building.mkdir(parents=True, exist_ok=True)
-    transfer.pull(prefix, building, delete=True).raise_for_failures()
-    for left in building.glob(f"{TEMPORARY_PREFIX}*"):
+    transfer.pull(prefix, building, exclude=_HIDDEN, delete=True).raise_for_failures()
+    for left in building.glob(".*"):  # the engine's own
         shutil.rmtree(left)
     seal = seal_folder(building)
     for name in seal.files:

@@ -79,8 +79,11 @@ def _seal(folder: Path, kind: AssetKind) -> Seal:
 def _visible(folder: Path) -> set[str]:
     """The files of a folder that are pushed, by relative name."""
     paths = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
-    names = {path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts)}
-    return names - {MANIFEST}
+    return {name for path in paths if not _hidden(name := path.as_posix())} - {MANIFEST}
+
+
+def _hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))
 
 
 def _check_room_for(transfer: Transfer, prefix: str, seal: Seal) -> None:
@@ -89,9 +92,10 @@ def _check_room_for(transfer: Transfer, prefix: str, seal: Seal) -> None:
     there = {info.key.removeprefix(prefix): info.size for info in store.list(prefix)}
     if PUSHING in there:
         return
-    there.pop("", None)  # what consoles make for an empty folder
     sizes = {name: entry.size for name, entry in seal.files.items()}
-    if any(sizes.get(name) != size for name, size in there.items()):
+    # neither hidden files nor what consoles make for an empty folder are part of an asset
+    parts = {name: size for name, size in there.items() if name and not _hidden(name)}
+    if any(sizes.get(name) != size for name, size in parts.items()):
         raise _taken(f"{store.url}/{prefix}")
 
 

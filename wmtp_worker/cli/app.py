@@ -5,10 +5,12 @@ from typing import Annotated
 import typer
 
 from wmtp_worker import __version__
+from wmtp_worker.cli.assets import app as assets_app
 from wmtp_worker.cli.checkpoints import app as checkpoints_app
 from wmtp_worker.cli.doctor import doctor
 from wmtp_worker.cli.evaluate import evaluate
 from wmtp_worker.cli.settings import app as settings_app
+from wmtp_worker.cli.sync import app as sync_app
 from wmtp_worker.cli.train import train
 
 app = typer.Typer(
@@ -22,6 +24,8 @@ app = typer.Typer(
 app.command()(train)
 app.command()(evaluate)
 app.add_typer(checkpoints_app, name="checkpoints")
+app.add_typer(assets_app, name="assets")
+app.add_typer(sync_app, name="sync")
 app.command()(doctor)
 app.add_typer(settings_app, name="settings")
 
@@ -47,6 +51,10 @@ def wmtp(
     wmtp train --preset smoke               [dim]again: goes on where it was stopped[/dim]
 
     wmtp checkpoints ls baseline-smoke      [dim]what is saved of it[/dim]
+
+    wmtp assets push ./my-model             [dim]a model that every worker finds[/dim]
+
+    wmtp sync pull s3://bucket/logs logs    [dim]copy what differs, either way[/dim]
 
     wmtp settings show --preset production  [dim]every setting and its source[/dim]
 

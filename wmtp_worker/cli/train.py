@@ -61,6 +61,7 @@ def _as_json(summary: "Summary") -> dict[str, object]:
         "stopped_early": summary.stopped_early,
         "validation": summary.validation,
         "best": {"step": summary.best_step, "loss": summary.best_loss},
+        "bucket": summary.bucket,
         "files": {name: str(path) for name, path in summary.files.items()},
     }
 
@@ -82,6 +83,8 @@ def _print(summary: "Summary", console: "Console") -> None:
     table.add_row("validation", f"loss {result['loss']:.4f}, perplexity of head 1 {result['perplexity']:.2f}")
     table.add_row("accuracy", ", ".join(f"head {i} {a:.1%}" for i, a in enumerate(result["head_accuracy"], start=1)))
     table.add_row("best", f"loss {summary.best_loss:.4f} at step {summary.best_step}")
+    if summary.bucket:
+        table.add_row("safe in", redact(summary.bucket))
     console.print(table)
     console.print("look at", highlight=False)
     for name, path in summary.files.items():
