@@ -1,6 +1,10 @@
 """A folder as bucket, files to send, and a `Transfer` with parts so small that few bytes make many."""
 
+import gc
+import os
 import random
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,30 @@ from wmtp_worker.storage.objects import ObjectStore
 from wmtp_worker.storage.transfer import Transfer
 
 PART = 64 << 10
+
+
+@pytest.fixture(autouse=True)
+def _nothing_leaks(directory_server: Server) -> Iterator[None]:
+    """After each test its threads and open files are gone."""
+    before = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 0
+    yield
+    deadline = time.monotonic() + 10
+    while (left := leaks(before)) and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.05)
+    assert not left
+
+
+def leaks(files: int) -> list[str]:
+    """Threads of a transfer, and open files beyond so many."""
+    threads = [thread.name for thread in threading.enumerate() if thread.name.startswith("transfer")]
+    if files and len(os.listdir("/proc/self/fd")) > files:
+        threads += [
+            os.readlink(f"/proc/self/fd/{name}")
+            for name in os.listdir("/proc/self/fd")
+            if os.path.lexists(f"/proc/self/fd/{name}")
+        ]
+    return threads
 
 
 @pytest.fixture
