@@ -36,6 +36,18 @@ imports() {
   words=$(lint-imports --no-cache 2>&1) || { echo "$words" && return 1; }
 }
 
+# Azurite, for the tests of Azure. The stamp is written last; the lock names no registry, npm's own setting does.
+azurite() {
+  local from=tests/servers/azurite to=.cache/azurite
+  if cmp --silent "$from/package-lock.json" "$to/installed"; then return; fi
+  if ! command -v npm >/dev/null && ! (apt_command npm >/dev/null && apt_install "there is no npm" nodejs npm); then
+    say "there is no npm: the tests of Azure will be skipped"
+    return
+  fi
+  mkdir -p "$to" && cp "$from"/*.json "$to"
+  npm --prefix "$to" ci --ignore-scripts --no-audit --no-fund --loglevel error && cp "$from/package-lock.json" "$to/installed"
+}
+
 _main() {
   [[ ${1:-} == -- ]] && shift
   cd "$WMTP_ROOT"
@@ -46,6 +58,7 @@ _main() {
     say "failed: $(printf '%s, ' "${failed[@]}" | sed 's/, $//') (the tests were not run)"
     exit 1
   fi
+  stage azurite azurite
   stage pytest python -m pytest "$@"
   say "$SECONDS s in all"
   ((${#failed[@]} == 0))

@@ -208,8 +208,14 @@ class GcsStore:
 
     def delete(self, key: str, *, if_version: str | None = None) -> None:
         """See `ObjectStore`."""
-        with suppress(ObjectNotFound), self._errors("delete", key) as where:
-            self._blob(key).delete(if_generation_match=_generation(if_version, where), **_ONCE)
+        try:
+            with suppress(ObjectNotFound), self._errors("delete", key) as where:
+                self._blob(key).delete(if_generation_match=_generation(if_version, where), **_ONCE)
+        except PreconditionFailed:
+            # an absent object has no generation either
+            with suppress(ObjectNotFound):
+                self.head(key)
+                raise
 
     def sweep(self, prefix: str, older_than: timedelta) -> int:
         """See `ObjectStore`. Google throws unfinished uploads away after a week; this only looks at the bucket."""

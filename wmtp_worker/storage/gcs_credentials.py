@@ -60,6 +60,6 @@ def _of_kind(info: Mapping[str, Any]) -> Any:
             made = impersonated_credentials.Credentials
             return made.from_impersonated_service_account_info(info, scopes=_SCOPES)
         case "external_account":
-            kind = aws.Credentials if "aws" in info["subject_token_type"] else identity_pool.Credentials
+            kind: Any = aws.Credentials if "aws" in info["subject_token_type"] else identity_pool.Credentials
             return kind.from_info(info, scopes=_SCOPES)
     raise ValueError("unknown type")

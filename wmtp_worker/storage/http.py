@@ -89,13 +89,13 @@ def _innermost(error: BaseException) -> str:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what it wraps, as a cause, as a context, or as an argument, as urllib3 does."""
+    """An error and what it wraps, whether as cause, context, argument, reason or inner exception."""
     seen: list[BaseException] = []
     while error is not None and all(error is not one for one in seen):
         seen.append(error)
         yield error
         inner = [argument for argument in error.args if isinstance(argument, BaseException)]
-        reason = getattr(error, "reason", None)
+        reason = getattr(error, "reason", None) or getattr(error, "inner_exception", None)
         error = (
             reason if isinstance(reason, BaseException) else inner[0] if inner else error.__cause__ or error.__context__
         )
