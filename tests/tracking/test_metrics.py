@@ -8,7 +8,7 @@ import pytest
 
 from wmtp_worker.errors import DiskFullError
 from wmtp_worker.storage.layout import RunPaths
-from wmtp_worker.tracking.console import logging_to
+from wmtp_worker.tracking.console import logging_to_console, logging_to_file
 from wmtp_worker.tracking.heartbeat import Heartbeat
 from wmtp_worker.tracking.metrics import MetricsLog, read
 
@@ -81,7 +81,7 @@ def test_secrets_reach_neither_console_nor_file(terminal, tmp_path, monkeypatch)
 
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted-secret-value")
     screen, path = io.StringIO(), RunPaths(tmp_path, "r").training_log
-    with logging_to(path, "info", Console(file=screen, force_terminal=terminal)):
+    with logging_to_console("info", Console(file=screen, force_terminal=terminal)), logging_to_file(path):
         logging.getLogger("wmtp_worker.test").info("the key is %s", "planted-secret-value")
     for text in (screen.getvalue(), path.read_text()):
         assert "the key is" in text

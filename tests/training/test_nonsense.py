@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from wmtp_worker.checkpoint.manifest import file_entry, verify
+from wmtp_worker.checkpoint.manifest import verify
 from wmtp_worker.errors import CheckpointError, InputError
 from wmtp_worker.host.stop import StopRequest
 from wmtp_worker.settings import load
 from wmtp_worker.storage.layout import RunPaths
+from wmtp_worker.storage.seal import file_entry
 from wmtp_worker.training.evaluate import evaluate_run
 
 QUICK = ("training.max_steps=3", "evaluation.every=0")

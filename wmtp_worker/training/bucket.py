@@ -27,20 +27,17 @@ class RunBucket:
     """
 
     def __init__(self, settings: Settings, paths: RunPaths, check: Callable[[], None]) -> None:
+        """`url` is where the run is published, None where it is not. The bucket is not asked anything yet."""
         self._settings = settings
         self._paths = paths
         self._check = check
         local = settings.cloud.provider == "local" and settings.cloud.bucket is None
         self._sync = None if local else CloudSync(settings.cloud, paths.workdir, self._poll)
         self._side = None if self._sync is None else self._sync.run(paths.run)
+        self.url = None if self._side is None else f"{self._side.store.url}/{self._side.prefix}"
         # whether the bucket told what it has: if not, nothing there is replaced
         self._seen = False
         self._failed = False
-
-    @property
-    def url(self) -> str | None:
-        """Where the run is published; None where it is not."""
-        return None if self._sync is None else f"{self._sync.store.url}/{self._paths.key(self._paths.checkpoints)}"
 
     def fetch(self, tick: Callable[[], None]) -> None:
         """Bring model, data and the checkpoint to resume from into the work directory, all at once.

@@ -42,6 +42,7 @@ class Summary:
     best_step: int
     best_loss: float
     paths: RunPaths
+    bucket: str | None  # where all of it is, too
 
     @property
     def files(self) -> dict[str, Path]:
@@ -165,4 +166,5 @@ def _summary(session: Session, first: int, seconds: float) -> Summary:
         best_step=progress.best_step,
         best_loss=progress.best_loss,
         paths=session.paths,
+        bucket=session.bucket.url,
     )
