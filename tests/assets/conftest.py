@@ -1,27 +1,13 @@
-"""A hub, a bucket and a work directory, all new for each test."""
+"""A bucket and a work directory, new for each test."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.servers.hub import Hub
 from wmtp_worker.settings import Settings, load
 from wmtp_worker.storage.open import open_store
 from wmtp_worker.storage.transfer import Transfer
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """A hub that huggingface_hub takes for the real one; nobody is logged in."""
-    import huggingface_hub.constants as constants
-
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
-    with Hub() as hub:
-        monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        yield hub
 
 
 @pytest.fixture

@@ -337,3 +337,26 @@ def test_read_does_not_believe_the_recorded_digest(transfer, model, bucket, noth
     assert verify_bucket(store, "models", "mine", nothing).status == "verified"
     finding = verify_bucket(store, "models", "mine", nothing, read=True)
     assert finding.problem == "config.json has another SHA-256"
+
+
+def test_a_real_model_is_the_same_after_hub_cache_and_bucket(
+    hub, transfer, settings, workdir, tiny_model_folder, nothing, one_thread
+):
+    import torch
+
+    from wmtp_worker.data.tokenizer import load_tokenizer
+    from wmtp_worker.model.loading import base_digest, load, tensors
+
+    hub.model("org/tiny", tiny_model_folder)
+    wanted = settings("model.path=org/tiny")
+    fetch(wanted, transfer, nothing)
+    push(transfer, workdir / "models" / "org--tiny", "models", "org/tiny")
+    shutil.rmtree(workdir / "models")
+    (done,) = fetch(wanted, transfer, nothing)
+    assert done.source.endswith("bucket/models/org--tiny/")
+    folder = model_folder(wanted)
+    assert base_digest(folder) == base_digest(tiny_model_folder)
+    assert load_tokenizer(tokenizer_folder(wanted)).eos_token_id == load_tokenizer(tiny_model_folder).eos_token_id
+    ours, theirs = (tensors(load(path, 1)) for path in (folder, tiny_model_folder))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -85,9 +85,10 @@ def pull(
 
     Each file appears whole, with the SHA-256 that was recorded when it was uploaded.
     """
-    from wmtp_worker.storage.sync import check_not_empty, check_sides
+    from wmtp_worker.storage.sync import check_is_there, check_not_empty, check_sides
 
     check_sides(folder, url, "pull")
+    check_is_there(url)
     with _transfer(url, set_, f"pull {url}") as transfer:
         check_not_empty(transfer.store)
         report = transfer.pull(
@@ -140,7 +141,9 @@ def ls(url: Url, set_: Set = None, as_json: Json = False) -> None:
     """
     from wmtp_worker.host.stop import STOP
     from wmtp_worker.storage.open import open_url
+    from wmtp_worker.storage.sync import check_is_there
 
+    check_is_there(url)
     store = open_url(url, _settings(set_).cloud, STOP.check)
     count = size = 0
     try:

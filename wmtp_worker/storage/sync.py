@@ -55,6 +55,7 @@ def folder_and_url(source: str, target: str) -> tuple[Path, str]:
     if is_url(source) and is_url(target):
         raise SettingsError("both are URLs", fix="name a folder on this machine as one of the two")
     folder, url = (target, source) if is_url(source) else (source, target)
+    check_is_there(url)
     return folder_to_push(folder, delete=False), url
 
 
@@ -70,6 +71,12 @@ def folder_to_push(folder: str, delete: bool) -> Path:
         fix = "check the path; to empty the bucket use its provider's tools"
         raise InputError(f"the folder {folder!r} is empty, and --delete would empty the bucket", fix=fix)
     return path
+
+
+def check_is_there(url: str) -> None:
+    """Raise `InputError` where a folder that is to be read as a bucket is not there (to write to, it is made)."""
+    if not is_url(url) and not Path(url).expanduser().is_dir():
+        raise InputError(f"there is no folder {url!r}", where=str(Path(url).absolute()), fix="check the path")
 
 
 def check_not_empty(store: ObjectStore) -> None:

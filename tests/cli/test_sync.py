@@ -1,0 +1,195 @@
+"""`wmtp sync` on real servers: what is copied, what is printed, and how it ends."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+SECRET = "p1anted-s3cret"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A few files: small, empty, nested, of an odd name, and one of several parts."""
+    root = tmp_path / "source"
+    (root / "logs" / "deep").mkdir(parents=True)
+    (root / "a.txt").write_bytes(b"a" * 10)
+    (root / "empty").write_bytes(b"")
+    (root / "logs" / "x.log").write_bytes(b"x" * 20)
+    (root / "logs" / "deep" / "y é.log").write_bytes(b"y" * 30)
+    (root / "big.bin").write_bytes(bytes(range(256)) * 40_000)
+    return root
+
+
+@pytest.fixture(params=["directory", "s3"])
+def place(request):
+    """`(url, variables)` of an empty bucket."""
+    server = request.getfixturevalue(f"{request.param}_server")
+    bucket = server.make_bucket()
+    url = bucket if server.provider == "local" else f"s3://{bucket}/team/copy"
+    variables = server.variables(bucket) if server.provider != "local" else {}
+    return url, variables
+
+
+def content(root):
+    files = [path for path in root.rglob("*") if path.is_file()]
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
+
+
+def test_there_and_back(command, folder, place, tmp_path):
+    url, variables = place
+    first = command("sync", "push", folder, url, **variables)
+    assert first.stdout.startswith("5 uploaded (10.2 MB in ")
+    assert first.stdout.endswith("0 are the same\n")
+    second = json.loads(command("sync", "push", folder, url, "--json", **variables).stdout)
+    assert (second["done"], second["bytes"], second["failed"]) == ({"skip": 5}, 0, [])
+    back = tmp_path / "back"
+    command("sync", "pull", url, back, **variables)
+    assert content(back) == content(folder)
+    assert command("sync", "pull", url, back, **variables).stdout == "nothing to do; 5 are the same\n"
+    # either side may be named first
+    for sides in ((back, url), (url, back)):
+        assert command("sync", "verify", *sides, **variables).stdout.startswith("5 files are the same, 0 differ")
+
+
+def test_only_what_changed_travels_and_the_rest_goes_only_when_asked(command, folder, place):
+    url, variables = place
+    command("sync", "push", folder, url, **variables)
+    (folder / "a.txt").write_bytes(b"b" * 10)
+    (folder / "empty").unlink()
+    planned = command("sync", "push", folder, url, "--delete", "--dry-run", **variables).stdout
+    assert planned.splitlines()[-1] == "would be: 1 uploaded, 1 deleted; 3 are the same"
+    assert "upload                 10  a.txt" in planned
+    assert "delete                  0  empty" in planned
+    assert command("sync", "push", folder, url, **variables).stdout.startswith("1 uploaded (0.0 MB")
+    assert command("sync", "push", folder, url, "--delete", **variables).stdout.startswith("1 deleted; 4 are")
+
+
+def test_include_and_exclude(command, folder, place):
+    url, variables = place
+    command("sync", "push", folder, url, "--include", "*.log", "--include", "a.txt", "--exclude", "deep/*", **variables)
+    command("sync", "push", folder, url, "--include", "logs/", "--exclude", "x.log", **variables)
+    listed = json.loads(command("sync", "ls", url, "--json", **variables).stdout)
+    assert [line["key"] for line in listed] == ["a.txt", "logs/deep/y é.log", "logs/x.log"]
+
+
+def test_ls(command, folder, place):
+    url, variables = place
+    assert command("sync", "ls", url, **variables).stdout == "0 objects, 0.0 MB\n"
+    assert json.loads(command("sync", "ls", url, "--json", **variables).stdout) == []
+    command("sync", "push", folder, url, **variables)
+    lines = command("sync", "ls", url, **variables).stdout.splitlines()
+    assert [line.split(maxsplit=3)[-1] for line in lines[:-1]] == sorted(content(folder))
+    assert lines[1].split()[0] == "10,240,000"
+    assert lines[-1] == "5 objects, 10.2 MB"
+    listed = json.loads(command("sync", "ls", f"{url}/logs", "--json", **variables).stdout)
+    assert [(line["key"], line["size"]) for line in listed] == [("deep/y é.log", 30), ("x.log", 20)]
+    assert listed[0]["modified"].endswith("+00:00")
+
+
+def test_what_differs_ends_with_78(command, folder, place, tmp_path):
+    url, variables = place
+    command("sync", "push", folder, url, **variables)
+    (folder / "a.txt").write_bytes(b"b" * 10)
+    (folder / "new").write_bytes(b"1")
+    (folder / "empty").unlink()
+    done = command("sync", "verify", folder, url, code=78, **variables)
+    assert {line.split(":")[0] for line in done.stdout.splitlines()[:-1]} == {
+        "differs  a.txt",
+        "differs  new",
+        "differs  empty",
+    }
+    assert done.stdout.splitlines()[-1].startswith("3 files are the same, 3 differ")
+    report = json.loads(command("sync", "verify", folder, url, "--json", code=78, **variables).stdout)
+    assert {line["key"] for line in report["failed"]} == {"a.txt", "new", "empty"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["push", "none", "bucket"], ["there is no folder 'none'"]),
+        (["push", "s3://b/p", "here"], ["is a URL, and no folder", "wmtp sync push FOLDER URL; `wmtp sync pull`"]),
+        (["pull", "bucket", "s3://b/p"], ["is a URL, and no folder", "wmtp sync pull URL FOLDER"]),
+        (["push", "file", "bucket"], ["is a file, and no folder", "--include file"]),
+        (["push", "empty", "bucket", "--delete"], ["'empty' is empty, and --delete would empty the bucket"]),
+        (["pull", "none", "here"], ["there is no folder 'none'"]),
+        (["pull", "bucket", "here", "--delete"], ["there is nothing", "check the URL"]),
+        (["ls", "none"], ["there is no folder 'none'"]),
+        (["ls", "ftp://x/y"], ["ftp:// is no kind of bucket", "s3://bucket/prefix"]),
+        (["verify", "s3://a/b", "gs://c/d"], ["both are URLs"]),
+        (["verify", "empty", "bucket"], ["there is nothing"]),
+        (["push", "empty", "bucket", "--set", "cloud.concurency=3"], ["did you mean cloud.concurrency?"]),
+        (["ls", "s3://x", "--set", "cloud.provider=s3", "--set", "cloud.endpoint_url=http://h"], ["is without TLS"]),
+    ],
+)
+def test_mistakes_are_said_in_one_line(command, tmp_path, arguments, words):
+    here = tmp_path / "here"
+    for name in ("empty", "bucket"):
+        (here / name).mkdir()
+    (here / "file").write_bytes(b"1")
+    extra = {"CLOUD_BUCKET": "x"} if "cloud.provider=s3" in arguments else {}
+    done = command("sync", *arguments, code=78, **extra)
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    for word in words:
+        assert word in done.stderr
+
+
+def test_no_such_bucket_and_wrong_credentials(command, folder, s3_server):
+    bucket = s3_server.make_bucket()
+    variables = s3_server.variables(bucket)
+    for arguments in (["push", folder, "s3://no-such-bucket/x"], ["ls", "s3://no-such-bucket/x"]):
+        assert "no-such-bucket" in command("sync", *arguments, code=78, **variables).stderr
+    wrong = variables | {"AWS_SECRET_ACCESS_KEY": SECRET}
+    for arguments in (["push", folder], ["ls"]):
+        done = command("sync", *arguments, f"s3://{bucket}", code=78, **wrong)
+        assert done.stderr.startswith("error: ")
+        assert SECRET not in done.stdout + done.stderr
+
+
+def test_odd_characters_do_not_reach_the_terminal(command, tmp_path):
+    bucket = tmp_path / "bucket"
+    bucket.mkdir()
+    (bucket / "\x1b[31mred").write_bytes(b"1")
+    shown = command("sync", "ls", bucket).stdout
+    assert "\x1b" not in shown
+    assert "\\x1b[31mred" in shown
+
+
+def test_a_listing_that_nobody_reads_to_the_end_just_ends(tmp_path):
+    bucket = tmp_path / "bucket"
+    bucket.mkdir()
+    for number in range(5000):
+        (bucket / f"{number:060}").touch()
+    program = f"{sys.executable} -m wmtp_worker sync ls {bucket} | head -n 2; echo ${{PIPESTATUS[0]}}"
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("WMTP_", "CLOUD_"))}
+    done = subprocess.run(
+        ["bash", "-c", program], capture_output=True, text=True, timeout=60, cwd=tmp_path, env=environ
+    )
+    assert done.stdout.splitlines()[-1] == "141"
+    assert done.stderr == ""
+
+
+def test_a_bar_on_a_terminal_and_none_in_a_pipe(command, folder, tmp_path):
+    assert command("sync", "push", folder, tmp_path / "bucket").stderr == ""
+    ours, theirs = os.openpty()
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("WMTP_", "CLOUD_"))}
+    arguments = [sys.executable, "-m", "wmtp_worker", "sync", "pull", str(tmp_path / "bucket"), str(tmp_path / "back")]
+    done = subprocess.run(
+        arguments, stdout=subprocess.PIPE, stderr=theirs, timeout=60, cwd=tmp_path, env=environ | {"TERM": "xterm"}
+    )
+    os.close(theirs)
+    shown = b""
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        try:
+            shown += os.read(ours, 65536)
+        except OSError:  # the other end is closed
+            break
+    os.close(ours)
+    assert done.returncode == 0
+    assert b"pull " in shown
+    assert done.stdout.startswith(b"5 downloaded")
