@@ -69,6 +69,8 @@ class Proxy:
         self.connections = 0
         # first lines of all requests
         self.requests: list[str] = []
+        # and the same with their headers
+        self.heads: list[str] = []
         self._faults: list[_Fault] = []
         self._lock = threading.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -360,6 +362,7 @@ class _Connection:
         length = _LENGTH.search(head)
         self.left = math.inf if _CHUNKED.search(head) else int(length[1]) if length else 0
         self.proxy.requests.append(line)
+        self.proxy.heads.append(head.decode("latin-1"))
         if (fault := self.proxy._take("call", line)) and fault.call:
             await asyncio.get_running_loop().run_in_executor(self.proxy._calls, fault.call)
         if fault := self.proxy._take("answer", line):

@@ -1,0 +1,47 @@
+"""Listing an S3 bucket in the order of the keys, page by page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from wmtp_worker.errors import StorageError
+
+# lists file by file, folder by folder: `a/b` before `a.txt`, which is not S3's order, and begins anew from there
+_BY_FOLDER = "SeaweedFS"
+
+
+def entries(control: Any, bucket: str, prefix: str, after: str, where: str) -> Iterator[Mapping[str, Any]]:
+    """S3's entries of keys (of the whole bucket) that begin with `prefix` and sort behind `after`, ascending.
+
+    Raises what boto3 raises, and `StorageError` where a server lists in another order: whoever compares two sorted
+    lists would take what is there for missing.
+    """
+    begin = {"StartAfter": after} if after else {}
+    last = ""
+    for page in control.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, **begin):
+        if page["ResponseMetadata"]["HTTPHeaders"].get("server", "").startswith(_BY_FOLDER):
+            yield from _by_folder(control, bucket, prefix, after)
+            return
+        for entry in page.get("Contents", ()):
+            if entry["Key"] <= last:
+                fix = "use a bucket of another kind: this one (S3 Express?) cannot be compared with a folder"
+                raise StorageError("the server lists keys in no order", where=where, fix=fix)
+            last = entry["Key"]
+            yield entry
+
+
+def _by_folder(control: Any, bucket: str, prefix: str, after: str) -> Iterator[Mapping[str, Any]]:
+    """One folder at a time, sorted here. Memory grows with the largest folder."""
+    found: list[tuple[str, Mapping[str, Any] | None]] = []
+    pages = control.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, Delimiter="/")
+    for page in pages:
+        found += ((folder["Prefix"], None) for folder in page.get("CommonPrefixes", ()))
+        # its empty folders, without an ETag, are no objects
+        found += ((entry["Key"], entry) for entry in page.get("Contents", ()) if entry["ETag"].strip('"'))
+    for key, entry in sorted(found, key=lambda one: one[0]):
+        if entry is None:
+            if key > after or after.startswith(key):
+                yield from _by_folder(control, bucket, key, after)
+        elif key > after:
+            yield entry
