@@ -26,6 +26,8 @@ docker run [...] -v NAME:/workspace IMAGE [command]
   train [options]        train, or go on with a run (the default): train --preset smoke --resume auto
   evaluate RUN           evaluate a run's checkpoint
   checkpoints ls|verify  what is in a run, and whether it is whole
+  assets ls|pull|push    models and data sets by name, from the bucket or the hub
+  sync push|pull|ls      copy what differs between a folder and a bucket
   doctor                 is this machine fit? what to do if not
   settings show          the settings a run would have, and where each comes from
   health                 is the training alive? (what HEALTHCHECK asks)
@@ -79,13 +81,13 @@ _main() {
     check_torch
     exec wmtp "$@"
     ;;
-  checkpoints | doctor | settings | --version) exec wmtp "$@" ;;
+  checkpoints | assets | sync | doctor | settings | --version) exec wmtp "$@" ;;
   health) exec "$WMTP_ROOT/entrypoint/health.sh" ;;
   shell) exec bash "${@:2}" ;;
   help | -h | --help) usage ;;
   *)
     command -v -- "$1" >/dev/null || fail "unknown command: $1" \
-      "one of train, evaluate, checkpoints, doctor, settings, health, shell, help, or a program of the image"
+      "one of train, evaluate, checkpoints, assets, sync, doctor, settings, health, shell, help, or a program of the image"
     exec "$@"
     ;;
   esac

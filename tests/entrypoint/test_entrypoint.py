@@ -47,6 +47,8 @@ def run(tmp_path: Path):
         (["evaluate", "a run"], "<wmtp><evaluate><a run>"),
         (["checkpoints", "ls", "r", "--json"], "<wmtp><checkpoints><ls><r><--json>"),
         (["doctor"], "<wmtp><doctor>"),
+        (["assets", "ls"], "<wmtp><assets><ls>"),
+        (["sync", "ls", "s3://b"], "<wmtp><sync><ls><s3://b>"),  # not the program of that name
         (["settings", "show"], "<wmtp><settings><show>"),
         (["--version"], "<wmtp><--version>"),
         (["shell", "-c", "echo in a shell"], "in a shell\n"),
@@ -69,7 +71,7 @@ def test_unknown_command_names_the_known_ones(run):
 def test_help_names_every_command(run, command):
     found = run('_main "$@"', command)
     assert found.returncode == 0
-    for name in ("train", "evaluate", "checkpoints", "doctor", "settings", "health", "shell"):
+    for name in ("train", "evaluate", "checkpoints", "assets", "sync", "doctor", "settings", "health", "shell"):
         assert f"\n  {name} " in found.stdout
 
 

@@ -38,7 +38,8 @@ def open_store(cloud: CloudSettings, check: Callable[[], None] = lambda: None) -
 def open_url(url: str, cloud: CloudSettings, check: Callable[[], None] = lambda: None) -> ObjectStore:
     """The bucket of `s3://bucket/prefix`, `gs://…`, `az://container/prefix` or the folder of a path.
 
-    The other settings are those of `cloud` if the provider is the same. Raises `SettingsError`.
+    The other settings are those of `cloud` if the provider is the same, or `cloud` has no bucket. Raises
+    `SettingsError`.
     """
     return open_store(settings_of_url(url, cloud), check)
 
@@ -65,7 +66,9 @@ def settings_of_url(url: str, cloud: CloudSettings) -> CloudSettings:
 
 
 def _with(cloud: CloudSettings, url: str, **changes: str) -> CloudSettings:
-    other = {} if changes["provider"] == cloud.provider else dict(_OF_PROVIDER)
+    # where no bucket was chosen, an endpoint can only have been meant for the URL
+    meant = changes["provider"] == cloud.provider or (cloud.provider == "local" and cloud.bucket is None)
+    other = {} if meant else dict(_OF_PROVIDER)
     try:
         return CloudSettings(**{**cloud.model_dump(), **other, **changes})
     except ValidationError as error:
