@@ -14,9 +14,9 @@ from rich.console import Console
 
 from tests.servers.azure import azure_server  # noqa: F401
 from tests.servers.directory import directory_server  # noqa: F401
-from tests.servers.s3 import s3_server, s3_tls_server, seaweed  # noqa: F401
 from tests.servers.gcs import fake_gcs_server, gcs_process, gcs_server  # noqa: F401
 from tests.servers.hub import hub  # noqa: F401
+from tests.servers.s3 import s3_server, s3_tls_server, seaweed  # noqa: F401
 from wmtp_worker.host.stop import StopRequest
 from wmtp_worker.settings import load
 from wmtp_worker.storage.layout import RunPaths
