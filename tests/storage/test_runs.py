@@ -1,0 +1,224 @@
+"""The resume table, publishing and pruning, on every kind of bucket."""
+
+import json
+import shutil
+
+import pytest
+
+from wmtp_worker.errors import BucketNotFound, IntegrityError, ObjectNotFound, PreconditionFailed
+from wmtp_worker.storage import CloudSync
+from wmtp_worker.storage.layout import RunPaths
+from wmtp_worker.storage.seal import seal_folder
+
+RUN = "tiny"
+
+
+@pytest.fixture
+def machine(server, use_environ, tmp_path):
+    """`machine(name)` is a work directory with its `CloudSync`; all share one bucket."""
+    use_environ(server.environ)
+    bucket, opened = server.make_bucket(), []
+
+    def make(name: str, **settings) -> CloudSync:
+        cloud = CloudSync(server.cloud(bucket, prefix="team/project", **settings), tmp_path / name)
+        opened.append(cloud)
+        return cloud
+
+    yield make
+    for cloud in opened:
+        cloud.close(5)
+
+
+def checkpoint(cloud: CloudSync, step: int, content: str = "weights") -> None:
+    """A sealed folder as a run makes it, with what belongs to it."""
+    paths = RunPaths(cloud.workdir, RUN)
+    folder = paths.step(step)
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_text(f"{content} {step}")
+    (folder / "state.json").write_text(json.dumps({"step": step}))
+    seal_folder(folder)
+    paths.logs.mkdir(parents=True, exist_ok=True)
+    paths.metrics.write_text("".join(f"{number}\n" for number in range(step)))
+    paths.best.write_text(f"best of {step}")
+
+
+def content(cloud: CloudSync, step: int) -> str:
+    return (RunPaths(cloud.workdir, RUN).step(step) / "model.safetensors").read_text()
+
+
+def publish(cloud: CloudSync, *steps: int) -> None:
+    side = cloud.run(RUN)
+    for step in steps:
+        checkpoint(cloud, step)
+        side.publish_logs()
+        side.publish_file(side.paths.best)
+        assert side.publish(step, replace=False)
+
+
+@pytest.mark.parametrize(
+    ("local", "remote", "fetched"),
+    [
+        ([], [], None),
+        ([40], [], None),
+        ([], [40], 40),
+        ([40], [60], 60),
+        ([60], [40], None),
+        ([40], [40], None),
+        ([40], [20, 60], 60),
+    ],
+)
+def test_the_resume_table(machine, local, remote, fetched):
+    publish(machine("other"), *remote)
+    here = machine("here")
+    for step in local:
+        checkpoint(here, step, "local")
+    assert here.run(RUN).fetch_checkpoint("auto") == fetched
+    steps = RunPaths(here.workdir, RUN).steps()
+    assert steps == sorted({*local, *([fetched] if fetched else [])})
+    for step in local:
+        assert content(here, step) == f"local {step}"
+    if fetched:
+        paths = RunPaths(here.workdir, RUN)
+        assert content(here, fetched) == f"weights {fetched}"
+        assert paths.best.read_text() == f"best of {fetched}"
+        assert paths.metrics.read_text().count("\n") == fetched
+        assert [path.name for path in paths.checkpoints.iterdir() if path.name.startswith((".tmp", ".partial"))] == []
+
+
+def test_a_damaged_local_one_is_set_aside_for_the_buckets(machine):
+    publish(machine("other"), 60)
+    here = machine("here")
+    checkpoint(here, 60)
+    paths = RunPaths(here.workdir, RUN)
+    (paths.step(60) / "model.safetensors").write_text("WEIGHTS 60")
+    assert here.run(RUN).fetch_checkpoint("auto") == 60
+    assert content(here, 60) == "weights 60"
+    assert [path.read_text() for path in paths.checkpoints.glob("set-aside-*/step_60/model.safetensors")] == [
+        "WEIGHTS 60"
+    ]
+
+
+@pytest.mark.parametrize("damage", ["changed", "missing", "manifest"])
+def test_a_damaged_one_in_the_bucket_is_passed_over_loudly(machine, caplog, damage):
+    other = machine("other")
+    publish(other, 40, 60)
+    key = f"checkpoints/{RUN}/step_60/" + ("manifest.json" if damage == "manifest" else "model.safetensors")
+    if damage == "missing":
+        other.store.delete(key)
+    else:
+        other.store.put(key, b"{" if damage == "manifest" else b"WEIGHTS 60")
+    here = machine("here")
+    with caplog.at_level("WARNING", "wmtp_worker"):
+        assert here.run(RUN).fetch_checkpoint("auto") == 40
+    assert "passed over step_60 in the bucket" in caplog.text
+    assert RunPaths(here.workdir, RUN).steps() == [40]
+    with pytest.raises(IntegrityError):
+        here.run(RUN).fetch_checkpoint(60)
+
+
+def test_a_step_that_is_asked_for(machine):
+    publish(machine("other"), 20, 40)
+    here = machine("here")
+    assert here.run(RUN).fetch_checkpoint(20) == 20
+    assert here.run(RUN).fetch_checkpoint(20) is None
+    assert here.run(RUN).fetch_checkpoint("never") is None
+    assert here.run(RUN).fetch_checkpoint(30) is None  # nowhere: the run says which there are
+    assert RunPaths(here.workdir, RUN).steps() == [20]
+
+
+def test_publishing_again_sends_nothing(machine):
+    here = machine("here")
+    publish(here, 20)
+    assert here.run(RUN).publish(20, replace=False) is False
+
+
+def test_another_checkpoint_under_the_same_name_is_replaced_only_on_request(machine):
+    publish(machine("other"), 20)
+    here = machine("here")
+    checkpoint(here, 20, "other weights")
+    with pytest.raises(PreconditionFailed):
+        here.run(RUN).publish(20, replace=False)
+    assert here.run(RUN).publish(20, replace=True)
+    third = machine("third")
+    assert third.run(RUN).fetch_checkpoint("auto") == 20
+    assert content(third, 20) == "other weights 20"
+
+
+def test_half_sent_checkpoints_do_not_exist_and_are_completed(machine):
+    other, here = machine("other"), machine("here")
+    publish(other, 20, 40)
+    other.store.delete(f"checkpoints/{RUN}/step_40/manifest.json")
+    other.store.put(f"checkpoints/{RUN}/step_40/left-over", b"of another try")
+    assert here.run(RUN).published_steps() == [20]
+    assert other.run(RUN).publish(40, replace=False)
+    keys = {info.key for info in other.store.list(f"checkpoints/{RUN}/step_40/")}
+    assert keys == {
+        f"checkpoints/{RUN}/step_40/{name}" for name in ("manifest.json", "model.safetensors", "state.json")
+    }
+
+
+def test_pruning_keeps_the_last_and_removes_half_sent_ones(machine):
+    here = machine("here")
+    publish(here, 10, 20, 30, 40, 60)
+    here.store.delete(f"checkpoints/{RUN}/step_10/manifest.json")
+    # 60 is later than the one just saved: it takes nobody's place
+    assert here.run(RUN).prune(keep_last=2, newest=40) == [20]
+    assert here.run(RUN).published_steps() == [30, 40, 60]
+    left = {info.key.split("/")[2] for info in here.store.list(f"checkpoints/{RUN}/step_")}
+    assert left == {"step_30", "step_40", "step_60"}
+    assert here.run(RUN).store.head(f"checkpoints/{RUN}/best_model.pt").size > 0
+
+
+def test_later_steps_are_set_aside_in_the_bucket(machine):
+    here = machine("here")
+    publish(here, 20, 40, 60)
+    assert here.run(RUN).set_aside_after(20) == [40, 60]
+    assert here.run(RUN).published_steps() == [20]
+    aside = sorted(info.key.split("/", 3)[3] for info in here.store.list(f"checkpoints/{RUN}/set-aside-"))
+    assert aside == [
+        f"step_{step}/{name}" for step in (40, 60) for name in ("manifest.json", "model.safetensors", "state.json")
+    ]
+
+
+def test_sync_checkpoints_brings_both_sides_to_the_newest(machine):
+    here, there = machine("here"), machine("there")
+    publish(here, 20)
+    checkpoint(here, 40)
+    (RunPaths(here.workdir, RUN).final).write_text("final")
+    result = here.sync_checkpoints(RUN, keep_last=1)
+    assert (result.fetched, result.published, result.not_safe) == (None, [40], {})
+    assert here.run(RUN).published_steps() == [40]
+    result = there.sync_checkpoints(RUN)
+    assert (result.fetched, result.published, result.not_safe) == (40, [], {})
+    assert here.sync_logs(RUN)
+
+
+def test_sync_checkpoints_warns_and_keeps_where_the_bucket_is_missing(server, use_environ, tmp_path, caplog):
+    use_environ(server.environ)
+    bucket = server.make_bucket()
+    missing = str(tmp_path / "no" / "such") if server.provider == "local" else f"no-{bucket}"[:60]
+    with CloudSync(server.cloud(missing, patience=0), tmp_path / "work") as cloud:
+        checkpoint(cloud, 20)
+        with pytest.raises(BucketNotFound):
+            cloud.upload_file(RunPaths(cloud.workdir, RUN).best, "x")
+        assert list(cloud.sync_checkpoints(RUN).not_safe) == ["step_20"]
+        assert cloud.sync_logs(RUN) is False
+    assert "stay where they are" in caplog.text
+
+
+def test_the_methods_that_carry_one_thing(machine, tmp_path):
+    here = machine("here")
+    source = tmp_path / "folder"
+    (source / "sub").mkdir(parents=True)
+    (source / "a.txt").write_text("a")
+    (source / "sub" / "b.txt").write_text("b")
+    here.upload_file(source / "a.txt", "single/a.txt")
+    assert here.upload_directory(source, "many").files == 2
+    assert here.upload_directory(source, "many").files == 0
+    here.download_file("single/a.txt", tmp_path / "back.txt")
+    assert (tmp_path / "back.txt").read_text() == "a"
+    here.download_directory("many", tmp_path / "back")
+    assert (tmp_path / "back" / "sub" / "b.txt").read_text() == "b"
+    with pytest.raises(ObjectNotFound):
+        here.download_file("single/none", tmp_path / "none")
+    shutil.rmtree(source)

@@ -1,0 +1,165 @@
+"""A run and its bucket when things go wrong: training goes on, nothing is lost, and the end tells the truth."""
+
+import threading
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.servers.proxy import Proxy
+from wmtp_worker.errors import AccessDenied, BucketNotFound, ExhaustedError, Interrupted, NotSafeError
+from wmtp_worker.host.stop import StopRequest
+from wmtp_worker.storage import CloudSync
+from wmtp_worker.storage.layout import RunPaths
+
+RUN = "tiny"
+
+
+@pytest.fixture
+def s3(s3_server, monkeypatch):
+    """The S3 server behind a proxy, a new bucket in it, and the settings of a run that uses it."""
+    for name, value in s3_server.environ.items():
+        monkeypatch.setenv(name, value)
+    parts = urlsplit(s3_server.endpoint)
+    with Proxy(parts.hostname, parts.port) as proxy:
+        proxy.bucket = s3_server.make_bucket()
+        proxy.settings = (
+            "cloud.provider=s3",
+            f"cloud.bucket={proxy.bucket}",
+            f"cloud.endpoint_url=http://127.0.0.1:{proxy.port}",
+            "cloud.patience=0.5",
+            "cloud.close_seconds=20",
+        )
+        proxy.side = lambda workdir: CloudSync(s3_server.cloud(proxy.bucket), workdir).run(RUN)
+        yield proxy
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith(("uploads", "transfer"))] == []
+
+
+@pytest.fixture
+def published(s3, s3_server, tmp_path):
+    """The steps in the bucket now."""
+
+    def steps():
+        with CloudSync(s3_server.cloud(s3.bucket), tmp_path / "onlooker") as cloud:
+            return cloud.run(RUN).published_steps()
+
+    return steps
+
+
+def test_a_bucket_that_is_away_all_the_time(s3, tiny_run, run_record, published, tmp_path):
+    s3.refuse()
+    with pytest.raises(NotSafeError, match="not in the bucket yet: ") as caught:
+        tiny_run(tmp_path / "work", *s3.settings)
+    assert caught.value.exit_code == 74
+    assert {"step_12", "final.pt"} <= set(caught.value.what.replace(",", " ").replace(";", " ").split())
+    assert str(tmp_path / "work") in caught.value.fix
+    tiny_run(tmp_path / "reference")
+    assert run_record(tmp_path / "work") == run_record(tmp_path / "reference")
+
+    s3.accept()
+    assert tiny_run(tmp_path / "work", *s3.settings).steps_taken == 0
+    assert published() == [12]
+    # another machine finds all of it
+    assert tiny_run(tmp_path / "elsewhere", *s3.settings).steps_taken == 0
+    assert run_record(tmp_path / "elsewhere") == run_record(tmp_path / "reference")
+
+
+def test_a_bucket_that_goes_away_and_comes_back_while_training(s3, tiny_run, published, monkeypatch, tmp_path, caplog):
+    from wmtp_worker.training import loop
+
+    step = loop.train_step
+
+    def eventful(session):
+        if session.progress.step == 4:
+            s3.refuse()
+        if session.progress.step == 10:
+            s3.accept()
+        return step(session)
+
+    monkeypatch.setattr(loop, "train_step", eventful)
+    tiny_run(tmp_path / "work", *s3.settings)
+    assert published()[-1] == 12
+
+
+def test_a_wrong_bucket_ends_the_run_before_it_begins(s3, tiny_run, tmp_path):
+    with pytest.raises(BucketNotFound) as caught:
+        tiny_run(tmp_path / "work", *s3.settings, "cloud.bucket=no-such-bucket")
+    assert caught.value.exit_code == 78
+    assert not RunPaths(tmp_path / "work", RUN).metrics.exists()
+
+
+def test_wrong_credentials_end_the_run_before_it_begins(s3, s3_server, tiny_run, monkeypatch, tmp_path):
+    for name, value in s3_server.wrong_environ.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(AccessDenied) as caught:
+        tiny_run(tmp_path / "work", *s3.settings)
+    assert caught.value.exit_code == 78
+    assert not RunPaths(tmp_path / "work", RUN).metrics.exists()
+
+
+def test_data_that_only_the_bucket_has_cannot_be_done_without_it(s3, tiny_run, tmp_path):
+    s3.refuse()
+    with pytest.raises(ExhaustedError) as caught:
+        tiny_run(tmp_path / "work", *s3.settings, "data.dataset=ours")
+    assert caught.value.exit_code == 75
+
+
+def test_a_stop_saves_and_publishes(s3, tiny_run, published, monkeypatch, tmp_path):
+    from wmtp_worker.training import loop
+
+    stop, step = StopRequest(), loop.train_step
+
+    def stopping(session):
+        if session.progress.step == 5:
+            stop.request("SIGTERM")
+        return step(session)
+
+    monkeypatch.setattr(loop, "train_step", stopping)
+    with pytest.raises(Interrupted) as caught:
+        tiny_run(tmp_path / "work", *s3.settings, stop=stop)
+    assert "not in the bucket" not in str(caught.value)
+    assert published() == [3, 5]
+
+
+def test_a_stop_says_what_is_not_in_the_bucket(s3, tiny_run, monkeypatch, tmp_path):
+    from wmtp_worker.training import loop
+
+    stop, step = StopRequest(), loop.train_step
+
+    def stopping(session):
+        if session.progress.step == 5:
+            s3.refuse()
+            stop.request("SIGTERM")
+        return step(session)
+
+    monkeypatch.setattr(loop, "train_step", stopping)
+    with pytest.raises(Interrupted, match="not in the bucket yet: step_5"):
+        tiny_run(tmp_path / "work", *s3.settings, stop=stop)
+    assert RunPaths(tmp_path / "work", RUN).steps() == [3, 5]
+
+
+@pytest.mark.parametrize(("resume", "first"), [("never", 0), (9, 9)])
+def test_going_back_sets_later_steps_aside_in_the_bucket_too(
+    s3, s3_server, tiny_run, published, resume, first, tmp_path
+):
+    tiny_run(tmp_path / "work", *s3.settings)
+    before = published()  # a save may have come too soon after another to be published
+    assert before[-1] == 12
+    summary = tiny_run(tmp_path / "work", *s3.settings, resume=resume)
+    assert summary.steps_taken == 12 - first
+    assert published()[-1] == 12
+    with CloudSync(s3_server.cloud(s3.bucket), tmp_path / "onlooker") as cloud:
+        aside = {info.key.split("/")[3] for info in cloud.store.list(f"checkpoints/{RUN}/set-aside-")}
+    assert aside == {f"step_{step}" for step in before if step > first}
+
+
+def test_a_checkpoint_on_its_way_stays_on_the_disk(s3, tiny_run, published, tmp_path):
+    # each answer comes late, so saves come faster than uploads
+    s3.latency_down = 0.2
+    tiny_run(tmp_path / "work", *s3.settings, "checkpoint.every=1", "checkpoint.keep_last=1", "evaluation.every=0")
+    assert published() == [12]
+    assert RunPaths(tmp_path / "work", RUN).steps()[-1] == 12
+
+
+def test_without_a_bucket_nothing_is_asked_and_nothing_imported(tiny_run, tmp_path):
+    assert tiny_run(tmp_path / "work").bucket is None
+    assert not (tmp_path / "work" / ".sync").exists()
