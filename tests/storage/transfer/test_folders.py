@@ -119,3 +119,14 @@ def test_verify_names_what_differs(transfer, folder, make_file):
     report = transfer.verify("p", folder)
     assert sorted(key for key, _ in report.failed) == ["a.txt", "empty", "extra", "z"]
     assert report.done == {"verify": 5}
+
+
+def test_a_folder_that_deletion_empties_can_be_filled_at_the_same_time(transfer, bucket, tmp_path, make_file, contents):
+    for number in range(200):
+        make_file(tmp_path / "out" / f"{number:03}" / "a", 10)
+        bucket.put(f"{number:03}/b", b"new")
+    make_file(tmp_path / "out" / "gone" / "deep" / "a", 10)
+    report = transfer.pull("", tmp_path / "out", delete=True)
+    assert (report.done, report.failed) == ({"delete": 201, "download": 200}, [])
+    assert contents(tmp_path / "out") == {f"{number:03}/b": b"new" for number in range(200)}
+    assert not (tmp_path / "out" / "gone").exists()

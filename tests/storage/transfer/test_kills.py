@@ -176,3 +176,25 @@ def test_an_interrupted_download_keeps_its_parts_for_the_next(transfers, bucket,
     assert 0 < len(read) < 18
     assert (tmp_path / "out" / "copy").read_bytes() == data
     assert list((tmp_path / "out").iterdir()) == [tmp_path / "out" / "copy"]
+
+
+def test_many_threads_download_into_one_folder(transfer, bucket, tmp_path):
+    # each takes its lock in a hidden folder that the last one removes
+    errors = []
+
+    def download(number):
+        try:
+            for turn in range(40):
+                transfer.download_file(f"{number}", tmp_path / "out" / f"{number}-{turn}")
+        except Exception as error:
+            errors.append(error)
+
+    for number in range(6):
+        bucket.put(str(number), b"x" * number)
+    threads = [threading.Thread(target=download, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert errors == []
+    assert len(list((tmp_path / "out").iterdir())) == 240

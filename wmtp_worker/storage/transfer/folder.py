@@ -140,10 +140,12 @@ class Pull(_Folder):
     def run(self, avoid: Path) -> Report:
         self._numbers = itertools.count()
         self._made: set[str] = set()
+        self._emptied: set[Path] = set()
         self._staging = self.folder / STAGING
         self._sweep("p-*")
         try:
             report = super().run(avoid)
+            self._remove_empty()
         finally:
             self._sweep("p-*")
         if not report.failed and not self._dry_run:
@@ -203,13 +205,17 @@ class Pull(_Folder):
     def _remove(self, local: Local) -> None:
         with disk_errors(local.path.parent):
             local.path.unlink(missing_ok=True)
-            for folder in local.path.parents:
-                if folder == self.folder:
-                    break
+        self._emptied.add(local.path.parent)
+
+    def _remove_empty(self) -> None:
+        """Only when nobody downloads into them any more."""
+        for folder in self._emptied:
+            while folder != self.folder:
                 try:
                     folder.rmdir()
                 except OSError:
                     break
+                folder = folder.parent
 
     def _sweep(self, pattern: str) -> None:
         """Remove what an earlier, killed pull left; only called while no other one can be at it."""

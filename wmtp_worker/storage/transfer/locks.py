@@ -47,21 +47,37 @@ def try_lock(path: Path) -> Iterator[bool]:
 
 
 def _try(path: Path) -> int | None:
-    """An open descriptor that holds the lock, or None: somebody else does, or has just removed the file."""
+    """An open descriptor that holds the lock, or None where somebody else does."""
     with disk_errors(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        except FileNotFoundError:
-            return None  # its folder was removed in this moment
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
-                return descriptor
-        except (BlockingIOError, FileNotFoundError):
-            pass
-        except BaseException:
+        while True:
+            descriptor = _open(path)
+            if descriptor is None:
+                continue
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # who held it before may have removed it meanwhile; then the name is another file's, or nobody's
+                if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+                    return descriptor
+            except BlockingIOError:
+                os.close(descriptor)
+                return None
+            except FileNotFoundError:
+                pass
+            except BaseException:
+                os.close(descriptor)
+                raise
             os.close(descriptor)
+
+
+def _open(path: Path) -> int | None:
+    """The lock file, opened and perhaps made; None where its folder was removed in the same moment."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except FileNotFoundError:
+        return None
+    except FileExistsError:
+        # raised by mkdir, too, for a folder that is gone by the time it looks
+        if os.path.lexists(path.parent) and not path.parent.is_dir():
             raise
-        os.close(descriptor)
         return None
