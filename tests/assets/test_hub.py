@@ -6,11 +6,12 @@ import os
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
 from wmtp_worker.assets.fetch import fetch
-from wmtp_worker.assets.hub import PUBLIC, Repository
+from wmtp_worker.assets.hub import PUBLIC, Repository, _bar
 from wmtp_worker.assets.resolve import dataset_folder, model_folder, tokenizer_folder
 from wmtp_worker.errors import DiskFullError, ExhaustedError, InputError, IntegrityError, Interrupted, SettingsError
 from wmtp_worker.storage.seal import verify_folder
@@ -222,7 +223,7 @@ def test_a_hub_in_passing_trouble_is_asked_again(hub, settings, nothing, monkeyp
     assert fetch(settings("model.path=org/x", "cloud.patience=20"), None, nothing)
 
 
-def test_a_cut_download_goes_on_and_a_flipped_byte_is_fetched_again(hub, get, workdir):
+def test_a_cut_download_goes_on_and_a_flipped_byte_is_fetched_again(hub, get, workdir, capfd):
     hub.model("org/x", MODEL)
     hub.cut["model-00001-of-00002.safetensors"] = 1
     hub.flip["model-00002-of-00002.safetensors"] = 1
@@ -230,6 +231,8 @@ def test_a_cut_download_goes_on_and_a_flipped_byte_is_fetched_again(hub, get, wo
     get("model.path=org/x")
     folder = workdir / "models" / "org--x"
     assert {name: (folder / name).read_bytes() for name in NEEDED} == {name: MODEL[name] for name in NEEDED}
+    # addresses of the content server are signed: whoever has one may read
+    assert "signature" not in "".join(capfd.readouterr())
 
 
 @pytest.mark.parametrize("name", ["config.json", "model-00001-of-00002.safetensors"])
@@ -322,3 +325,37 @@ def test_a_link_in_the_place_of_a_beginning_is_not_followed(hub, get, workdir, t
 def test_what_is_no_name_never_reaches_the_hub(hub, get, name):
     assert get(f"model.path={name}") == []
     assert hub.requests == []
+
+
+class Count:
+    """A progress that adds up."""
+
+    total = 0
+
+    def start(self, total): ...
+
+    def advance(self, size, files=0):
+        self.total += size
+
+    def finish(self): ...
+
+
+def test_progress_counts_every_byte_once(hub, settings, nothing):
+    hub.model("org/x", MODEL)
+    progress = Count()
+    fetch(settings("model.path=org/x"), None, nothing, progress)
+    assert progress.total == sum(len(MODEL[name]) for name in NEEDED)
+
+
+def test_progress_of_the_clients_other_way_to_download(nothing):
+    # as far as that goes without its server
+    from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter
+
+    count = Count()
+    bar = _bar(nothing, count.advance)
+    with XetDownloadProgressReporter(reconstruction_desc="x", total=10, log_level=30, tqdm_class=bar) as reporter:
+        for done in (4, 10):
+            rates = {"total_bytes_completion_rate": 1.0, "total_transfer_bytes_completion_rate": 1.0}
+            counts = {"total_bytes_completed": done, "total_transfer_bytes_completed": done, "total_bytes": 10}
+            reporter.update_progress(SimpleNamespace(**counts, **rates))
+    assert count.total == 10

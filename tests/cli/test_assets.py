@@ -1,6 +1,11 @@
 """`wmtp assets`: from a folder or the hub into the bucket, from there to another machine, and what is said of it."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
 
 import pytest
 
@@ -161,3 +166,30 @@ def test_a_changed_folder_takes_the_place_of_the_old_one_only_when_asked(command
     assert "--replace" in command("assets", "push", model, code=78, **folder_bucket).stderr
     command("assets", "push", model, "--replace", **folder_bucket)
     command("assets", "verify", "my-model", "--read", **folder_bucket)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGKILL, -signal.SIGKILL)])
+def test_a_pull_that_was_stopped_or_killed_goes_on(hub, model, tmp_path, number, code):
+    hub.model("org/tiny", model)
+    hub.pause = threading.Event()
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("WMTP_", "CLOUD_"))}
+    environ = kept | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "WMTP_ENV_FILE": os.devnull}
+    options = {"cwd": tmp_path, "env": environ, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-m", "wmtp_worker", "assets", "pull", "org/tiny"]
+    with subprocess.Popen(command, **options) as process:
+        assert hub.waiting.wait(60)
+        process.send_signal(number)
+        if number == signal.SIGTERM:
+            line = process.stderr.readline()  # it has heard
+            assert line.startswith("wmtp: SIGTERM: stopping")
+            hub.pause.set()
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == code
+    folder = tmp_path / "work" / "models" / "org--tiny"
+    assert not folder.exists()
+    assert "Traceback" not in said
+    hub.pause.set()
+    done = subprocess.run(command, **options | {"stdout": None, "stderr": None}, timeout=60, check=True)
+    assert done.returncode == 0
+    assert (folder / "model.safetensors").read_bytes() == WEIGHTS
+    assert [path.name for path in folder.parent.iterdir() if path != folder] == [".lock-org--tiny"]

@@ -24,14 +24,18 @@ def folder(tmp_path):
     return root
 
 
+def address(server):
+    """`(url, variables)` of an empty bucket."""
+    bucket = server.make_bucket()
+    if server.provider == "local":
+        return bucket, {}
+    scheme = {"s3": "s3", "gcs": "gs", "azure": "az"}[server.provider]
+    return f"{scheme}://{bucket}/team/copy", server.variables(bucket)
+
+
 @pytest.fixture(params=["directory", "s3"])
 def place(request):
-    """`(url, variables)` of an empty bucket."""
-    server = request.getfixturevalue(f"{request.param}_server")
-    bucket = server.make_bucket()
-    url = bucket if server.provider == "local" else f"s3://{bucket}/team/copy"
-    variables = server.variables(bucket) if server.provider != "local" else {}
-    return url, variables
+    return address(request.getfixturevalue(f"{request.param}_server"))
 
 
 def content(root):
@@ -39,8 +43,9 @@ def content(root):
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
 
 
-def test_there_and_back(command, folder, place, tmp_path):
-    url, variables = place
+@pytest.mark.parametrize("provider", ["directory", "s3", "gcs", "azure"])
+def test_there_and_back(command, folder, request, provider, tmp_path):
+    url, variables = address(request.getfixturevalue(f"{provider}_server"))
     first = command("sync", "push", folder, url, **variables)
     assert first.stdout.startswith("5 uploaded (10.2 MB in ")
     assert first.stdout.endswith("0 are the same\n")

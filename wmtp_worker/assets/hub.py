@@ -81,6 +81,10 @@ def download(repository: Repository, folder: Path, check: Callable[[], None], ad
     with disk_errors(folder.parent), _hub_errors(repository):
         from huggingface_hub import HfApi
         from huggingface_hub.hf_api import RepoFile
+        from huggingface_hub.utils import logging as hub_logging
+
+        # its warnings have signed addresses in them
+        hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
         folder.mkdir(parents=True, exist_ok=True)
         api = HfApi(endpoint=repository.endpoint, library_name="wmtp-worker")
@@ -219,6 +223,11 @@ def _bar(check: Callable[[], None], advance: Callable[[int], None]) -> type:
         def update(self, n: float | None = 1) -> None:
             check()
             advance(int(n or 0))
+
+        # what comes over the line, which is told apart from what is written: not counted twice
+        def update_transfer(self, n: float | None = 1) -> None: ...
+
+        def set_transfer_postfix_str(self, text: str, refresh: bool = True) -> None: ...
 
     return Bar
 
