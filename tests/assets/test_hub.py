@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -111,6 +112,17 @@ def test_model_tokenizer_and_dataset_at_once(hub, get):
     done = get("model.path=org/a", "model.tokenizer=org/b", "data.dataset=org/a")
     assert [found.folder.name for found in done] == ["org--a", "org--b--tokenizer", "org--a"]
     assert [found.kind for found in done] == ["models", "models", "datasets"]
+
+
+def test_what_one_lacks_the_others_are_not_fetched_for(hub, get, workdir):
+    hub.model("org/a", MODEL)
+    hub.pause = threading.Event()
+    # the data set is missed while the model's content is under way
+    threading.Thread(target=lambda: (hub.waiting.wait(20) and time.sleep(1)) or hub.pause.set()).start()
+    with pytest.raises(InputError, match="the hub has no dataset org/none"):
+        get("model.path=org/a", "data.dataset=org/none")
+    assert not (workdir / "models" / "org--a").exists()
+    assert get("model.path=org/a")
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,17 @@ def test_name_under_the_work_directory(settings, tmp_path, key, resolve, root):
 
 
 @KINDS
+def test_a_hub_name_has_a_folder_of_its_own(settings, tmp_path, key, resolve, root):
+    plain = tmp_path / "org" / "mine"
+    nested = tmp_path / "work" / root / "org" / "mine"
+    cached = tmp_path / "work" / root / "org--mine"
+    for folder in (plain, nested, cached):  # each goes before the one before
+        folder.mkdir(parents=True)
+        assert resolve(settings(f"{key}=org/mine")) == folder
+    assert resolve(settings(f"{key}=org--mine")) == cached
+
+
+@KINDS
 @pytest.mark.parametrize("form", ["absolute", "relative", "home"])
 def test_path(settings, tmp_path, monkeypatch, key, resolve, root, form):
     folder = tmp_path / "some where" / "mine"

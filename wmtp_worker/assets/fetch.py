@@ -4,9 +4,10 @@ import fcntl
 import logging
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import tenacity
 
 from wmtp_worker.assets.hub import Repository, Wanted, download
 from wmtp_worker.assets.resolve import SAMPLE_DATASET, TOKENIZER_SUFFIX, candidates
-from wmtp_worker.errors import ExhaustedError, InputError
+from wmtp_worker.errors import ExhaustedError, InputError, Interrupted
 from wmtp_worker.settings import Settings
 from wmtp_worker.storage.atomic import PARTIAL_PREFIX, disk_errors, fsync_path, publish
 from wmtp_worker.storage.layout import AssetKind, asset_dir, asset_name, asset_prefix, is_hub_name
@@ -84,9 +85,20 @@ def fetch(
     missing = [asset for asset in _assets(settings) if asset.folder is not None and asset.local(workdir) is None]
     if not missing:
         return []
-    source = Source(transfer, settings.cloud.patience, settings.cloud.allow_http, check, progress)
+    failed = threading.Event()
+
+    def poll() -> None:
+        check()
+        if failed.is_set():  # what one of them lacks, the others need not be fetched for
+            raise Interrupted("given up, because something else could not be fetched")
+
+    source = Source(transfer, settings.cloud.patience, settings.cloud.allow_http, poll, progress)
     with ThreadPoolExecutor(len(missing), thread_name_prefix="assets") as pool:
         jobs = [pool.submit(source.bring, asset, workdir) for asset in missing]
+        for job in as_completed(jobs):
+            if job.exception() is not None:
+                failed.set()
+                job.result()
         return [found for job in jobs if (found := job.result()) is not None]
 
 
