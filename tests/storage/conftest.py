@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from tests.servers.base import Server
+from wmtp_worker.settings import CloudSettings
 from wmtp_worker.storage.objects import ObjectStore
 
 MODULES = {"local": "directory", "s3": "s3", "gcs": "gcs", "azure": "azure"}
 CREDENTIALS = ("AWS_", "AZURE_", "GOOGLE_", "GCLOUD_", "STORAGE_EMULATOR_", "BOTO_")
 _numbers = itertools.count()
-_buckets: dict[int, str] = {}
+_clouds: dict[int, CloudSettings] = {}
 
 
 @pytest.fixture(params=["directory", "s3", "gcs", "azure"])
@@ -48,13 +49,16 @@ def opened(use_environ: Callable[..., None]) -> Iterator[Callable[..., ObjectSto
 
     def open_one(server: Server, bucket: str | None = None, environ: Any = None, **settings: Any) -> ObjectStore:
         use_environ(server.environ if environ is None else environ)
+        # reading settings takes longer than most tests
+        if id(server) not in _clouds:
+            _clouds[id(server)] = server.cloud(server.make_bucket())
         if bucket is None:
-            if id(server) not in _buckets:
-                _buckets[id(server)] = server.make_bucket()
-            bucket = _buckets[id(server)]
             settings.setdefault("prefix", f"test-{next(_numbers)}")
+        else:
+            settings["bucket"] = bucket
+        cloud = CloudSettings(**{**_clouds[id(server)].model_dump(), **settings})
         module = importlib.import_module(f"wmtp_worker.storage.{MODULES[server.provider]}")
-        store: ObjectStore = module.open_store(server.cloud(bucket, **settings))
+        store: ObjectStore = module.open_store(cloud)
         stores.append(store)
         return store
 

@@ -76,10 +76,10 @@ def calls(store, key: str, source) -> dict[str, Callable[[], object]]:
     }
 
 
-@pytest.fixture
-def source(tmp_path):
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
     """A file of two and a half parts."""
-    path = tmp_path / "large"
+    path = tmp_path_factory.mktemp("source") / "large"
     path.write_bytes(os.urandom(2 * PART + PART // 2))
     return path
 
@@ -425,19 +425,20 @@ class Test_large_objects:
         assert upload.finish().sha256 == digest
         assert bytes(other.get("large")[1]) == source.read_bytes()
 
-    def test_parts_of_other_content_do_not_count(self, store, again, source):
+    def test_parts_of_other_content_do_not_count(self, store, again, source, tmp_path):
         upload = store.begin("large", source, sha256(source.read_bytes()), PART, None)
         upload.put(0, self.parts(upload, source)[0])
         token = dict(upload.token)
         store.close()
-        source.write_bytes(os.urandom(source.stat().st_size))
+        changed = tmp_path / "changed"
+        changed.write_bytes(source.read_bytes()[::-1])
         other = again()
-        upload = other.begin("large", source, sha256(source.read_bytes()), PART, token)
-        for number, part in enumerate(self.parts(upload, source)):
+        upload = other.begin("large", changed, sha256(changed.read_bytes()), PART, token)
+        for number, part in enumerate(self.parts(upload, changed)):
             assert not upload.has(number, part)
             upload.put(number, part)
         upload.finish()
-        assert bytes(other.get("large")[1]) == source.read_bytes()
+        assert bytes(other.get("large")[1]) == changed.read_bytes()
 
     def test_a_token_that_is_worth_nothing_any_more(self, store, again, source):
         upload = store.begin("large", source, sha256(source.read_bytes()), PART, None)

@@ -135,8 +135,9 @@ class S3Clients:
             "connect_timeout": timedelta(seconds=CONNECT_SECONDS),
             "read_timeout": timedelta(seconds=READ_SECONDS),
             "timeout": _LONGEST,
-            "root_certificate": _certificates(trusted),
         }
+        if not options["allow_http"]:
+            options["root_certificate"] = _certificates(trusted)
         config: dict[str, Any] = {
             # both names: the second one would otherwise come from the environment
             "endpoint": endpoint,
