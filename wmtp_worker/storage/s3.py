@@ -20,6 +20,7 @@ from wmtp_worker.errors import (
     SettingsError,
     StorageError,
     TransientError,
+    WorkerError,
 )
 from wmtp_worker.settings.schema import CloudSettings
 from wmtp_worker.storage.keys import check_key
@@ -108,7 +109,7 @@ class S3Store:
         try:
             self.control.list_objects_v2(Bucket=self.bucket, Prefix=self._prefix + key, MaxKeys=1)
         except botocore.exceptions.ClientError as other:
-            return translated(other, self.where("head", key), self.bucket)
+            return self.problem(other, "head", key)
         return error
 
     def list(self, prefix: str = "", after: str = "") -> Iterator[ObjectInfo]:
@@ -156,7 +157,7 @@ class S3Store:
         except SDK_ERRORS as error:
             if "status code: 416" in str(error):
                 return self._nothing(key, version)
-            raise translated(error, where, self.bucket) from error
+            raise self.problem(error, "get", key) from error
         meta, (first, last) = result.meta, result.range
         if len(data) != last - first:
             raise TransientError(f"{len(data)} bytes came of {last - first}", where=where)
@@ -289,7 +290,7 @@ class S3Store:
             try:
                 self.control.delete_object(Bucket=self.bucket, Key=self._prefix + key, **condition)
             except botocore.exceptions.ClientError as error:
-                problem = translated(error, self.where("delete", key), self.bucket)
+                problem = self.problem(error, "delete", key)
                 gone = isinstance(problem, ObjectNotFound)
                 if not gone and not (isinstance(problem, PreconditionFailed) and not self._exists(key)):
                     raise problem from error
@@ -342,7 +343,11 @@ class S3Store:
         try:
             yield
         except SDK_ERRORS as error:
-            raise translated(error, self.where(operation, key), self.bucket) from error
+            raise self.problem(error, operation, key) from error
+
+    def problem(self, error: Exception, operation: str, key: str) -> WorkerError:
+        """The worker's error for one of boto3 or obstore."""
+        return translated(error, self.where(operation, key), self.bucket)
 
 
 def _bare(etag: str) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import botocore.exceptions
 
-from wmtp_worker.errors import IntegrityError, ObjectNotFound
+from wmtp_worker.errors import IntegrityError, ObjectNotFound, TransientError
 from wmtp_worker.storage.objects import ObjectInfo
 from wmtp_worker.storage.s3_checksums import content_md5, crc32c
 
@@ -70,9 +70,10 @@ class S3Upload:
                 for part in page.get("Parts", ()):
                     self._there[part["PartNumber"] - 1] = (part["Size"], part["ETag"].strip('"'))
         except botocore.exceptions.ClientError as error:
-            if _is_gone(error):
-                return False
-            raise
+            # gone, or not ours to look at
+            if isinstance(self._store.problem(error, "begin", self._key), TransientError):
+                raise
+            return False
         return True
 
     def is_of(self, source: Path) -> bool:
@@ -177,12 +178,22 @@ def begin(
         upload = S3Upload(store, key, size, sha256, int(token["part_size"]), token["upload"], begun_by_us=True)
         if upload.look():
             return upload
-    for found in sorted(store.unfinished(key), key=lambda one: one["Initiated"], reverse=True):
-        if found["Key"] == store.full_key(key):
-            upload = S3Upload(store, key, size, sha256, part_size, found["UploadId"], begun_by_us=False)
-            if upload.look() and upload.is_of(source):
-                return upload
+    for found in _unfinished(store, key):
+        upload = S3Upload(store, key, size, sha256, part_size, found, begun_by_us=False)
+        if upload.look() and upload.is_of(source):
+            return upload
     return S3Upload(store, key, size, sha256, part_size, _create(store, key, sha256), begun_by_us=True)
+
+
+def _unfinished(store: S3Store, key: str) -> list[str]:
+    """Uploads of just that key, the newest first; none where the server, or our rights, do not let us list them."""
+    try:
+        found = [upload for upload in store.unfinished(key) if upload["Key"] == store.full_key(key)]
+    except botocore.exceptions.ClientError as error:
+        if isinstance(store.problem(error, "begin", key), TransientError):
+            raise
+        return []
+    return [upload["UploadId"] for upload in sorted(found, key=lambda one: one["Initiated"], reverse=True)]
 
 
 def _create(store: S3Store, key: str, sha256: str) -> str:
