@@ -15,7 +15,7 @@ from wmtp_worker.errors import AccessDenied, SettingsError
 from wmtp_worker.settings.checks import is_loopback
 from wmtp_worker.settings.schema import CloudSettings
 from wmtp_worker.storage.azure_errors import CREDENTIALS
-from wmtp_worker.storage.http import CONNECT_TIMEOUT, READ_TIMEOUT, prepare_session
+from wmtp_worker.storage.http import prepare_session
 
 if TYPE_CHECKING:
     from azure.core.credentials import TokenCredential
@@ -37,7 +37,7 @@ def open_client(cloud: CloudSettings) -> ContainerClient:
     logging.getLogger("azure").setLevel(logging.ERROR)
     session = requests.Session()
     options: dict[str, Any] = {
-        "transport": RequestsTransport(session=session, connection_timeout=CONNECT_TIMEOUT, read_timeout=READ_TIMEOUT),
+        "transport": RequestsTransport(session=session),
         "retry_total": 0,
         "max_single_put_size": _ONE_REQUEST,
         "max_single_get_size": _ONE_REQUEST,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -63,8 +64,13 @@ def open_store(cloud: CloudSettings) -> GcsStore:
     if cloud.bucket is None:
         raise SettingsError("no bucket is set", where="cloud.bucket", fix="set CLOUD_BUCKET")
     endpoint = _endpoint(cloud)
+    # or the SDK asks for the bucket's metadata, in threads of its own
+    os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
+    # at their lowest levels Google's packages log requests
+    logging.getLogger("google").setLevel(logging.WARNING)
     session = AuthorizedSession(find_credentials(endpoint, f"open gs://{cloud.bucket}"))
     prepare_session(session, endpoint, cloud.concurrency)
+    session.hooks["response"].append(_read_refusal)
     return GcsStore(cloud.bucket, cloud.prefix, endpoint, session, cloud.kms_key)
 
 
@@ -138,12 +144,11 @@ class GcsStore:
             params = {"alt": "media", **({} if version is None else {"ifGenerationMatch": version})}
             address = self._media + quote(name.encode(), safe="~")
             with self._session.get(address, params=params, headers=headers, timeout=TIMEOUT, stream=True) as answer:
-                data: bytes = answer.raw.read(decode_content=False)
                 if answer.status_code == _BEYOND_THE_END:
                     return self._pinned(key, version, where), b""
                 if answer.status_code not in (200, 206):
-                    answer._content = data
                     raise from_http_response(answer)
+                data: bytes = answer.raw.read(decode_content=False)
             checksum = re.search(r"crc32c=([^,\s]+)", answer.headers.get("X-Goog-Hash", ""))
             if answer.status_code == 200 and checksum and checksum[1] != _crc32c(data):
                 raise TransientError("the bytes changed on the way", where=where)
@@ -291,6 +296,12 @@ class GcsStore:
 
     def _look(self) -> None:
         next(iter(self._client.list_blobs(self._bucket, max_results=1, fields="items(name)", **_ONCE)), None)
+
+
+def _read_refusal(answer: requests.Response, **_: Any) -> None:
+    """Or the connection of a download that is tried again with a new token would be lost."""
+    if answer.status_code >= 400:
+        answer.content  # noqa: B018
 
 
 def _generation(version: str | None, where: str) -> int | None:

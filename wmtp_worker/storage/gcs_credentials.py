@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,6 +20,7 @@ from wmtp_worker.storage.gcs_errors import CREDENTIALS
 
 # objects can be read and written; access rules cannot
 _SCOPES = ("https://www.googleapis.com/auth/devstorage.read_write",)
+_GOOGLE = ".googleapis.com"
 
 
 def find_credentials(endpoint: str, where: str) -> credentials.Credentials:
@@ -28,10 +30,37 @@ def find_credentials(endpoint: str, where: str) -> credentials.Credentials:
     whether it has a service account.
     """
     content = os.environ.get("GOOGLE_APPLICATION_CREDENTIALS_JSON")
-    if content:
-        return _from_json(content, where)
-    if is_loopback(urlsplit(endpoint).hostname or "") and not os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
+    host = urlsplit(endpoint).hostname or ""
+    if not content and not os.environ.get("GOOGLE_APPLICATION_CREDENTIALS") and is_loopback(host):
         return credentials.AnonymousCredentials()
+    found = _from_json(content, where) if content else _default(where)
+    return found if host.endswith(_GOOGLE) else _Tokens(found)
+
+
+class _Tokens(credentials.Credentials):
+    """The tokens of other credentials, and nothing else.
+
+    Google's own also ask Google, in a thread, where data of the account may lie. Other servers have no use for that.
+    """
+
+    def __init__(self, inner: credentials.Credentials) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._inner = inner
+        self._refreshing = threading.Lock()
+
+    def refresh(self, request: Any) -> None:
+        """A new token."""
+        self._inner.refresh(request)
+
+    def before_request(self, request: Any, method: str, url: str, headers: MutableMapping[str, str]) -> None:
+        """Put the token into the headers, a new one if it has expired."""
+        with self._refreshing:
+            if not self._inner.valid:
+                self._inner.refresh(request)
+        headers["authorization"] = f"Bearer {self._inner.token}"
+
+
+def _default(where: str) -> credentials.Credentials:
     try:
         return google.auth.default(scopes=_SCOPES)[0]
     # the cause may quote the file

@@ -60,7 +60,8 @@ class ResumableUpload:
         self._done: Mapping[str, Any] | None = None
         self._seen = 0  # bytes of the parts given to us so far, and their checksum
         self._crc = 0
-        self._tail: bytes | None = None  # the last of them, held back; None: the last part has not been given yet
+        # the last of them, held back; None: the last part has not been given yet
+        self._tail: bytes | None = None if size else b""
 
     @property
     def part_size(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from http.client import HTTPException
@@ -16,9 +17,7 @@ from requests.utils import get_environ_proxies
 from wmtp_worker.errors import AccessDenied, StorageError, TransientError
 
 # seconds: to connect (and to hand over one slice of a body), and between two packets of an answer
-CONNECT_TIMEOUT = 10.0
-READ_TIMEOUT = 60.0
-TIMEOUT = (CONNECT_TIMEOUT, READ_TIMEOUT)
+TIMEOUT = (10.0, 60.0)
 _SLICE = 1 << 18
 _SPARE_CONNECTIONS = 8
 _CERTIFICATES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
@@ -38,11 +37,13 @@ class _Slices:
 
 
 class _Adapter(HTTPAdapter):
+    """Sends large bodies in slices, and has the same time-outs for every request, whatever an SDK thinks of."""
+
     def send(self, request: requests.PreparedRequest, *arguments: Any, **options: Any) -> requests.Response:
         body: Any = request.body
         if isinstance(body, bytes | bytearray | memoryview) and len(body) > _SLICE:
             request.body = _Slices(body)  # type: ignore[assignment]
-        return super().send(request, *arguments, **options)
+        return super().send(request, *arguments, **{**options, "timeout": TIMEOUT})
 
 
 def prepare_session(session: requests.Session, url: str, concurrency: int) -> None:
@@ -50,6 +51,8 @@ def prepare_session(session: requests.Session, url: str, concurrency: int) -> No
 
     Proxies and certificates are read from the environment once, not again at each request.
     """
+    # at its lowest level it logs addresses, and some of ours are capabilities
+    logging.getLogger("urllib3").setLevel(logging.INFO)
     adapter = _Adapter(pool_connections=4, pool_maxsize=concurrency + _SPARE_CONNECTIONS, max_retries=0)
     session.mount("https://", adapter)
     session.mount("http://", adapter)
