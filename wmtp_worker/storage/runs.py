@@ -101,7 +101,7 @@ class RunSync:
 
     def publish_file(self, path: Path) -> None:
         """Upload one file of the run's checkpoint folder, unless the bucket has the same."""
-        self.transfer.push(self.paths.checkpoints, self.prefix, include=[path.name]).raise_for_failures()
+        self.transfer.push(self.paths.checkpoints, self.prefix, include=[f"/{path.name}"]).raise_for_failures()
 
     def publish_logs(self) -> None:
         """Upload what is new in the run's logs."""
