@@ -11,7 +11,7 @@ from wmtp_worker.assets.fetch import PUSHING, fetch
 from wmtp_worker.assets.inventory import list_assets, verify_bucket, verify_local
 from wmtp_worker.assets.publish import push
 from wmtp_worker.assets.resolve import dataset_folder, model_folder, tokenizer_folder
-from wmtp_worker.errors import AccessDenied, ExhaustedError, InputError, IntegrityError
+from wmtp_worker.errors import AccessDenied, ExhaustedError, InputError, IntegrityError, PreconditionFailed
 from wmtp_worker.storage.layout import asset_name
 from wmtp_worker.storage.objects import ObjectInfo
 from wmtp_worker.storage.seal import verify_folder
@@ -50,7 +50,7 @@ def content(folder):
 
 
 def hidden(folder):
-    return [path for path in folder.rglob(".*") if not path.name.startswith(".lock-") and ".sync" not in path.parts]
+    return [path for path in folder.rglob(".*") if path.name != ".sync"]
 
 
 # --- pushed and pulled
@@ -239,6 +239,30 @@ def test_a_second_push_sends_nothing_and_a_changed_folder_needs_replace(transfer
     assert push(transfer, model, "models", "mine", replace=True).sent
     assert (bucket / "models" / "mine" / "config.json").read_bytes() == b"[]"
     assert not (bucket / "models" / "mine" / "extra" / "notes.txt").exists()
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_push_that_another_one_overtakes(transfer, model, bucket, monkeypatch, same):
+    from wmtp_worker.assets import publish
+
+    send = publish.push_sealed
+
+    def overtaken(transfer, folder, prefix, *, replace):
+        if not same:
+            (bucket / "models" / "mine" / "config.json").write_bytes(b"other")
+            manifest = (model / "manifest.json").read_text().replace('"size": 2', '"size": 5')
+            (bucket / "models" / "mine" / "manifest.json").write_text(manifest)
+        else:
+            send(transfer, folder, prefix)
+        raise PreconditionFailed("somebody was first")
+
+    monkeypatch.setattr(publish, "push_sealed", overtaken)
+    if same:
+        assert push(transfer, model, "models", "mine").sent
+        assert not (bucket / "models" / "mine" / PUSHING).exists()
+    else:
+        with pytest.raises(InputError, match="something else under this name"):
+            push(transfer, model, "models", "mine")
 
 
 def test_a_new_file_is_not_left_behind_silently(transfer, model):

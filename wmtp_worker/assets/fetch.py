@@ -1,6 +1,5 @@
 """The cascade: what is not in the work directory comes from the bucket, else from the hub, and is kept."""
 
-import fcntl
 import logging
 import os
 import shutil
@@ -8,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from wmtp_worker.storage.layout import AssetKind, asset_dir, asset_name, asset_p
 from wmtp_worker.storage.seal import Seal, seal_folder
 from wmtp_worker.storage.sealed import pull_sealed, read_seal
 from wmtp_worker.storage.transfer import Progress, Transfer
+from wmtp_worker.storage.transfer.locks import file_lock
 from wmtp_worker.storage.transfer.progress import LogLines
 
 log = logging.getLogger(__name__)
@@ -126,7 +125,7 @@ class Source:
         """Fetch one asset, unless it is there when its turn has come; None where another process did it meanwhile."""
         folder = asset_dir(workdir, asset.kind, str(asset.folder))
         begun = time.monotonic()
-        with _alone(folder, self.check):
+        with file_lock(folder.with_name(f".lock-{folder.name}"), self.check):
             if asset.local(workdir) is not None:
                 return None
             found = self._from_bucket(asset, folder) or self._from_hub(asset, folder)
@@ -234,24 +233,3 @@ def _publish(building: Path, folder: Path) -> None:
     with disk_errors(folder.parent):
         fsync_path(building)
         publish(building, folder)
-
-
-@contextmanager
-def _alone(folder: Path, check: Callable[[], None]) -> Iterator[None]:
-    """Hold the lock of one asset's folder, of all processes on this disk; `check` is polled while another has it."""
-    with disk_errors(folder.parent):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = folder.with_name(f".lock-{folder.name}").open("a")
-    with lock:
-        told = False
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                check()
-                if not told:
-                    log.info("%s: another process is fetching it", folder.name)
-                told = True
-                time.sleep(_POLL_SECONDS)
-        yield

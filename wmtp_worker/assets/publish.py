@@ -51,7 +51,11 @@ def push(transfer: Transfer, folder: Path, kind: AssetKind, name: str, *, replac
     try:
         sent = push_sealed(transfer, folder, prefix, replace=replace)
     except PreconditionFailed as error:
-        raise _taken(url) from error
+        # somebody else's push came between; of the same files it is as good as ours
+        winner = read_seal(store, prefix)
+        if winner is None or winner[0] != seal:
+            raise _taken(url) from error
+        sent = True
     store.delete(prefix + PUSHING)
     return Pushed(stored, url, len(seal.files), seal.bytes, sent)
 

@@ -131,7 +131,7 @@ def ls(set_: Set = None, as_json: Json = False) -> None:
 def _side(holding: "Holding | None") -> str:
     if holding is None:
         return "-"
-    state = "push unfinished" if holding.unfinished else "digests recorded" if holding.recorded else "no digests"
+    state = "digests recorded" if holding.recorded else "push unfinished" if holding.unfinished else "no digests"
     return f"{holding.bytes / 1e6:,.1f} MB, {state}"
 
 
