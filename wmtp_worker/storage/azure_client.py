@@ -53,6 +53,7 @@ def _client(cloud: CloudSettings, container: str, where: str, options: dict[str,
     connection = os.environ.get("AZURE_STORAGE_CONNECTION_STRING")
     try:
         if connection:
+            _check_names(connection)
             # of two settings of one name the later is taken
             chosen = f"{connection.rstrip(';')};BlobEndpoint={cloud.endpoint_url}" if cloud.endpoint_url else connection
             client = ContainerClient.from_connection_string(chosen, container, **options)
@@ -65,6 +66,13 @@ def _client(cloud: CloudSettings, container: str, where: str, options: dict[str,
         raise AccessDenied(f"{name} is not what it should be", where=where, fix=CREDENTIALS) from None
     _require_tls(client.primary_endpoint, cloud)
     return client
+
+
+def _check_names(connection: str) -> None:
+    """Raise `ValueError` for a connection string without credentials, which the SDK would take for a public account."""
+    names = {setting.partition("=")[0].strip().lower() for setting in connection.split(";")}
+    if not ({"accountname", "accountkey"} <= names or names & {"sharedaccesssignature", "usedevelopmentstorage"}):
+        raise ValueError("no credentials")
 
 
 def _address(cloud: CloudSettings, where: str) -> str:

@@ -71,7 +71,7 @@ def _of_answer(error: HttpResponseError, where: str) -> StorageError:
         return ObjectNotFound(f"there is no such object ({code or status})", where=where)
     if status in (401, 403) or "Immutable" in code:
         return _denied(error, says, where)
-    if code in _DAMAGED:
+    if code in _DAMAGED or (status == 400 and "md5" in says.lower()):
         return TransientError("the bytes changed on the way", where=where)
     if status in (408, 409, 429) or status >= 500:
         return TransientError(says, where=where)

@@ -66,7 +66,7 @@ def network_error(error: BaseException, where: str) -> StorageError | None:
     for cause in _chain(error):
         if isinstance(cause, SSLCertVerificationError):
             return AccessDenied(
-                f"the server's certificate is not trusted: {cause.verify_message}",
+                f"the server's certificate is not trusted: {getattr(cause, 'verify_message', 'it does not verify')}",
                 where=where,
                 fix="set REQUESTS_CA_BUNDLE to the certificates to trust, or correct cloud.endpoint_url",
             )
