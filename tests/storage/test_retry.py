@@ -19,6 +19,7 @@ from wmtp_worker.errors import (
 from wmtp_worker.storage.retry import Patience, RetryingStore
 
 PART = 5 << 20
+WAIT = wait_fixed(0.02)
 
 
 class Clock:
@@ -115,7 +116,7 @@ def proxied(s3_server, opened):
     with Proxy(host, int(port)) as proxy:
         prefix = f"retry-{time.monotonic_ns()}"
         direct = opened(s3_server, prefix=prefix)
-        store = RetryingStore(opened(s3_server, prefix=prefix, endpoint_url=proxy.endpoint), patience=30)
+        store = RetryingStore(opened(s3_server, prefix=prefix, endpoint_url=proxy.endpoint), patience=30, wait=WAIT)
         yield store, proxy, direct
 
 
@@ -207,7 +208,7 @@ class Test_on_a_server:
 
     def test_a_server_that_stays_away(self, proxied):
         store, proxy, _ = proxied
-        impatient = RetryingStore(store.store, patience=0)
+        impatient = RetryingStore(store.store, patience=0, wait=WAIT)
         proxy.refuse()
         for call in (lambda: impatient.get("key"), lambda: impatient.head("key"), lambda: list(impatient.list())):
             with pytest.raises(ExhaustedError, match=r"tried 3 times.*s3://") as caught:

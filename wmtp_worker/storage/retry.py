@@ -90,9 +90,16 @@ class Patience:
 class RetryingStore:
     """`ObjectStore` that tries again for another one, and knows its own writes whose answers were lost."""
 
-    def __init__(self, store: ObjectStore, patience: float, check: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        store: ObjectStore,
+        patience: float,
+        check: Callable[[], None] = lambda: None,
+        *,
+        wait: wait_base = _WAIT,
+    ) -> None:
         self.store = store
-        self._patience = Patience(patience, check)
+        self._patience = Patience(patience, check, wait=wait)
 
     @property
     def url(self) -> str:
