@@ -164,6 +164,8 @@ class Proxy:
         self._ready.set()
         await self._stop.wait()
         await self._unlisten()
+        # transports that were aborted close their sockets in the loop's next rounds
+        await asyncio.sleep(0.05)
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
         asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
@@ -177,6 +179,8 @@ class Proxy:
         if self._server is not None:
             self._server.close()
             self._server = None
+        # let what was accepted a moment ago begin, or nobody would end it
+        await asyncio.sleep(0.01)
         await self._drop()
 
     async def _drop(self) -> None:
@@ -244,7 +248,7 @@ class _Connection:
         """Pass bytes both ways until either side is done or a fault ends it."""
         try:
             server_reader, server_writer = await asyncio.open_connection(*self.proxy.target, limit=_CHUNK)
-        except OSError:
+        except (OSError, asyncio.CancelledError):
             _reset(self.writer)
             return
         pumps = [
@@ -261,9 +265,7 @@ class _Connection:
                 pump.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
             for writer in (server_writer, self.writer):
-                writer.close()
-                with contextlib.suppress(OSError):
-                    await writer.wait_closed()
+                await _end(writer)
 
     async def _pump(
         self,
@@ -399,7 +401,19 @@ class _Connection:
         return piece
 
 
+async def _end(writer: asyncio.StreamWriter) -> None:
+    """Close, but do not wait for a peer that reads no more."""
+    writer.close()
+    try:
+        async with asyncio.timeout(1):
+            await writer.wait_closed()
+    except OSError:  # a TimeoutError is one
+        writer.transport.abort()
+
+
 def _reset(writer: asyncio.StreamWriter) -> None:
     connection = writer.get_extra_info("socket")
+    if connection.fileno() < 0:
+        return
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     writer.transport.abort()
