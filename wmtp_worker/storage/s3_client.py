@@ -20,6 +20,7 @@ import botocore.exceptions
 import botocore.httpsession
 import botocore.loaders
 import botocore.session
+from botocore.utils import parse_timestamp
 from obstore.store import S3Store as Objects
 
 from wmtp_worker.errors import SettingsError
@@ -85,6 +86,7 @@ class S3Clients:
             try:
                 core = botocore.session.Session()
                 core.register_component("data_loader", _MODELS)
+                core.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_timestamp)
                 session = boto3.session.Session(botocore_session=core)
                 credentials = session.get_credentials()
             except botocore.exceptions.BotoCoreError as error:
@@ -158,6 +160,16 @@ class S3Clients:
             retry_config={"max_retries": 0},
             credential_provider=_provider(credentials),
         )
+
+
+def _timestamp(value: Any) -> datetime:
+    """As boto3 reads it, but for a form that listings have by the thousand: that took most of their CPU."""
+    if isinstance(value, str) and value.endswith("Z"):
+        try:
+            return datetime.fromisoformat(value)
+        except ValueError:
+            pass
+    return parse_timestamp(value)
 
 
 def _is_aws(endpoint: str) -> bool:
