@@ -160,6 +160,21 @@ def test_a_checkpoint_on_its_way_stays_on_the_disk(s3, tiny_run, published, tmp_
     assert RunPaths(tmp_path / "work", RUN).steps()[-1] == 12
 
 
+def test_an_evaluation_takes_from_the_bucket_what_is_not_here(s3, tiny_run, tiny_settings, published, tmp_path):
+    from wmtp_worker.settings import load
+    from wmtp_worker.training.evaluate import evaluate_run
+
+    expected = tiny_run(tmp_path / "work", *s3.settings).validation["loss"]
+    for weights in ("final", "12", "best"):
+        settings = load(
+            overrides=[*tiny_settings, *s3.settings],
+            options={"run.name": RUN, "run.workdir": str(tmp_path / weights)},
+            environ={},
+        )
+        loss = evaluate_run(settings, weights, StopRequest())["loss"]
+        assert loss == pytest.approx(expected) or weights == "best"
+
+
 def test_without_a_bucket_nothing_is_asked_and_nothing_imported(tiny_run, tmp_path):
     assert tiny_run(tmp_path / "work").bucket is None
     assert not (tmp_path / "work" / ".sync").exists()

@@ -89,11 +89,11 @@ class HostSettings(Section):
 
 class ModelSettings(Section):
     path: Text | None = Field(
-        description="folder of a Llama-family model (config.json, safetensors), or its name under "
-        "<workdir>/models/; null builds a new model of the shape below"
+        description="folder of a Llama-family model (config.json, safetensors), its name under models/ in the work "
+        "directory or the bucket, or org/name on the Hugging Face hub; null builds a new model of the shape below"
     )
     tokenizer: Text | None = Field(
-        description="folder of a tokenizer; null takes the model's own, or the packaged one for a new model"
+        description="folder or name of a tokenizer, as for model.path; null takes the model's own, or the packaged one for a new model"
     )
     heads: Positive = Field(description="tokens predicted at each position: the trunk's own and heads - 1 more")
     hidden_size: Positive = Field(description="width of the residual stream of a new model")
@@ -108,8 +108,8 @@ class ModelSettings(Section):
 
 class DataSettings(Section):
     dataset: Text = Field(
-        description="the packaged sample, a name under <workdir>/datasets/, or a folder with train.jsonl and "
-        "validation.jsonl, or MBPP's mbpp.jsonl, itself or its folder"
+        description="the packaged sample; a name under datasets/ in the work directory or the bucket, or org/name on "
+        "the hub; a folder with train.jsonl and validation.jsonl, or MBPP's mbpp.jsonl, itself or its folder"
     )
     sequence_length: Annotated[int, Field(ge=2)] = Field(description="tokens in one row of a batch")
     packing: bool = Field(description="whether several samples share one row")

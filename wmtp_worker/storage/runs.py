@@ -47,8 +47,8 @@ class RunSync:
     def fetch_checkpoint(self, resume: str | int) -> int | None:
         """Put the checkpoint to resume from into the work directory, if the bucket has it and the disk does not.
 
-        The logs and the best model that belong to it come first: once it is there, all of the run is. Returns its step,
-        None where there was nothing to fetch. One that does not verify is passed over with a warning. Raises the
+        The logs and the best model that belong to one that is newer than all here come first: once it is there, all of
+        the run is. Returns its step, None where there was nothing to fetch. One that does not verify is passed over with a warning. Raises the
         store's errors, and `IntegrityError` where a step that was asked for is damaged.
         """
         if resume == "never":
@@ -61,8 +61,9 @@ class RunSync:
             if step not in remote:
                 continue
             try:
-                self.fetch_logs()
-                self.fetch_file(self.paths.best)
+                if step > max(local, default=-1):
+                    self.fetch_logs()
+                    self.fetch_file(self.paths.best)
                 pull_sealed(self.transfer, self.paths.key(self.paths.step(step)), self.paths.step(step))
             except (IntegrityError, ObjectNotFound) as error:
                 if isinstance(resume, int):

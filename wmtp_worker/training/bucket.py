@@ -73,6 +73,16 @@ class RunBucket:
         if step is not None:
             log.info("fetched %s from the bucket", step_name(step))
 
+    def fetch_weights(self, weights: str) -> None:
+        """Bring `final`, `best` or a step's checkpoint, the tokenizer and the data, as far as they are not here."""
+        fetch(self._settings, None if self._sync is None else self._sync.transfer, self._poll)
+        if self._side is None:
+            return
+        if weights.isdecimal():
+            self._side.fetch_checkpoint(int(weights))
+        elif (path := {"final": self._paths.final, "best": self._paths.best}.get(weights)) and not path.exists():
+            self._side.fetch_file(path)
+
     def _poll(self) -> None:
         self._check()
         if self._failed:

@@ -12,6 +12,7 @@ from wmtp_worker.host.stop import StopRequest
 from wmtp_worker.model.loading import rebuild
 from wmtp_worker.settings import Settings
 from wmtp_worker.storage.layout import RunPaths
+from wmtp_worker.training.bucket import RunBucket
 from wmtp_worker.training.session import CONFIG, MODEL
 from wmtp_worker.training.setup import check_fit, load_split
 from wmtp_worker.training.validation import validate
@@ -20,9 +21,12 @@ from wmtp_worker.training.validation import validate
 def evaluate_run(settings: Settings, weights: str, stop: StopRequest) -> dict[str, Any]:
     """Numbers of `Validation` plus `run`, `weights`, `step`, and which `dataset` with how many `samples`.
 
-    `weights`: `final`, `best`, or a checkpoint's step. Raises `CheckpointError`, `InputError`, `SettingsError`.
+    `weights`: `final`, `best`, or a checkpoint's step; what is not here comes from the bucket. Raises `CheckpointError`,
+    `InputError`, `SettingsError`, and the bucket's `StorageError`.
     """
     paths = RunPaths(settings.run.workdir, settings.run.name)
+    with RunBucket(settings, paths, stop.check) as bucket:
+        bucket.fetch_weights(weights)
     set_threads(settings.host.threads)
     device = resolve_device(settings.host.device)
     make_deterministic(device)
