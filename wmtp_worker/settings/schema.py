@@ -93,7 +93,8 @@ class ModelSettings(Section):
         "directory or the bucket, or org/name on the Hugging Face hub; null builds a new model of the shape below"
     )
     tokenizer: Text | None = Field(
-        description="folder or name of a tokenizer, as for model.path; null takes the model's own, or the packaged one for a new model"
+        description="folder or name of a tokenizer, as for model.path; null takes the model's own, or the packaged one "
+        "for a new model"
     )
     heads: Positive = Field(description="tokens predicted at each position: the trunk's own and heads - 1 more")
     hidden_size: Positive = Field(description="width of the residual stream of a new model")

@@ -21,8 +21,8 @@ from wmtp_worker.training.validation import validate
 def evaluate_run(settings: Settings, weights: str, stop: StopRequest) -> dict[str, Any]:
     """Numbers of `Validation` plus `run`, `weights`, `step`, and which `dataset` with how many `samples`.
 
-    `weights`: `final`, `best`, or a checkpoint's step; what is not here comes from the bucket. Raises `CheckpointError`,
-    `InputError`, `SettingsError`, and the bucket's `StorageError`.
+    `weights`: `final`, `best`, or a checkpoint's step; what is not here comes from the bucket. Raises
+    `CheckpointError`, `InputError`, `SettingsError`, and the bucket's `StorageError`.
     """
     paths = RunPaths(settings.run.workdir, settings.run.name)
     with RunBucket(settings, paths, stop.check) as bucket:
