@@ -137,7 +137,8 @@ class Test_blocks:
         upload = store.begin("large", source, sha256(source.read_bytes()), PART, None)
         send(upload, source)
         # Azurite keeps them
-        proxy.answer(400, body="<Error><Code>InvalidBlockList</Code></Error>", match="comp=blocklist")
+        body = "<Error><Code>InvalidBlockList</Code><Message>gone</Message></Error>"
+        proxy.answer(400, body=body, match="comp=blocklist")
         with pytest.raises(ObjectNotFound, match="gone"):
             upload.finish()
         assert list(store.list()) == []
@@ -282,6 +283,11 @@ class Test_answers:
             with pytest.raises(TransientError):
                 call()
             assert len(proxy.requests) == before + 1
+
+    def test_a_gateway_in_between(self, store, proxy):
+        proxy.answer(502, body="<html><body>bad gateway</body></html>")
+        with pytest.raises(TransientError):
+            store.get("key")
 
     def test_a_404_that_says_nothing(self, store, proxy):
         proxy.answer(404, body="?", match="key")

@@ -32,6 +32,9 @@ def translate(error: Exception, where: str) -> Exception:
     """One of the worker's errors for whatever the SDK raised; the error itself where it is a bug."""
     if isinstance(error, WorkerError):
         return error
+    # the SDK stumbles over answers of others than Azure, such as a gateway's page
+    while isinstance(error, TypeError | AttributeError) and isinstance(error.__context__, Exception):
+        error = error.__context__
     # which the SDK also raises, without an answer, for connections that break in a body
     if isinstance(error, HttpResponseError) and error.response is not None:
         return _of_answer(error, where)
