@@ -11,7 +11,6 @@ import pytest
 from tests.servers.gcs_objects import QUANTUM
 from tests.servers.gcs_server import GcsServer
 from tests.servers.proxy import Proxy
-from tests.storage.test_conformance import UNUSUAL
 from wmtp_worker.errors import (
     AccessDenied,
     BucketNotFound,
@@ -365,50 +364,3 @@ class Test_answers:
         proxy.stall(direction, 1000, match="^GET" if direction == "down" else "^POST")
         with pytest.raises(TransientError, match=r"in time|connection failed"):
             store.get("key") if direction == "down" else store.put("key", os.urandom(8 * MIB))
-
-
-# what fake-gcs-server can do
-class Test_another_server:
-    @pytest.fixture
-    def store(self, fake_gcs_server, opened):
-        return opened(fake_gcs_server)
-
-    @pytest.mark.parametrize("key", [key for key in UNUSUAL if "\\" not in key])
-    def test_keys(self, store, key):
-        store.put(key, key.encode())
-        assert store.head(key).sha256 == sha256(key.encode())
-        assert bytes(store.get(key)[1]) == key.encode()
-        assert [info.key for info in store.list()] == [key]
-        store.copy(key, "copies/" + key)
-        assert store.head("copies/" + key).sha256 == sha256(key.encode())
-        store.delete(key)
-        store.delete(key)
-        with pytest.raises(ObjectNotFound):
-            store.get(key)
-
-    @pytest.mark.parametrize(("start", "length"), [(0, None), (0, 1), (10, 10), (90, None), (90, 500), (500, 5)])
-    def test_ranges(self, store, start, length):
-        data = os.urandom(100)
-        store.put("key", data)
-        info, got = store.get("key", start, length)
-        assert bytes(got) == (data[start:] if length is None else data[start : start + length])
-        assert (info.size, info.version) == (100, store.head("key").version)
-
-    def test_only_if_absent(self, store):
-        store.put("key", b"x", if_absent=True)
-        with pytest.raises(PreconditionFailed):
-            store.put("key", b"y", if_absent=True)
-        assert bytes(store.get("key")[1]) == b"x"
-
-    def test_a_large_object(self, store, source):
-        upload = store.begin("large", source, sha256(source.read_bytes()), PART, None)
-        for number, start in enumerate(range(0, source.stat().st_size, PART)):
-            upload.put(number, source.read_bytes()[start : start + PART])
-        assert upload.finish().sha256 == sha256(source.read_bytes())
-        assert bytes(store.get("large")[1]) == source.read_bytes()
-
-    def test_no_bucket(self, fake_gcs_server, opened):
-        store = opened(fake_gcs_server, "no-such-bucket")
-        for call in (lambda: store.get("key"), lambda: list(store.list()), lambda: store.put("key", b"x")):
-            with pytest.raises(BucketNotFound):
-                call()

@@ -168,7 +168,7 @@ class ResumableUpload:
             self._done = answer.json()
             self._persisted = int(self._done["size"])
         elif answer.status_code in _DEAD:
-            raise ObjectNotFound("the unfinished upload is gone", where=f"continue {self._sha256[:12]}")
+            raise ObjectNotFound("the unfinished upload is gone")
         else:
             error = from_http_response(answer)
             if is_damaged(error):
