@@ -264,8 +264,7 @@ class _Connection:
             for pump in pumps:
                 pump.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
-            for writer in (server_writer, self.writer):
-                await _end(writer)
+            await _end(server_writer, self.writer)
 
     async def _pump(
         self,
@@ -401,14 +400,20 @@ class _Connection:
         return piece
 
 
-async def _end(writer: asyncio.StreamWriter) -> None:
-    """Close, but do not wait for a peer that reads no more."""
-    writer.close()
+async def _end(*writers: asyncio.StreamWriter) -> None:
+    """Close, but do not wait long for a peer that reads no more."""
+    for writer in writers:
+        writer.close()
     try:
         async with asyncio.timeout(1):
-            await writer.wait_closed()
-    except OSError:  # a TimeoutError is one
-        writer.transport.abort()
+            for writer in writers:
+                with contextlib.suppress(ConnectionError):
+                    await writer.wait_closed()
+    except TimeoutError:
+        pass
+    finally:
+        for writer in writers:
+            writer.transport.abort()
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:

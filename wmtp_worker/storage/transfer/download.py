@@ -52,7 +52,7 @@ def download_small(
                 info, changed = means.store.head(info.key), True
                 continue
             digest = hashlib.sha256(data).hexdigest()
-            if _arrived(found, data, digest, expected):
+            if _arrived(found, data, digest, expected or found.sha256 or info.sha256, found.md5 or info.md5):
                 heed()
                 _write(path, temporary, data, digest, means, durable=durable)
                 means.journal.note_object(info.key, found.version, digest)
@@ -189,13 +189,12 @@ def _is_right(means: Means, info: ObjectInfo, digest: str, expected: str | None,
     return recorded in (None, digest)
 
 
-def _arrived(info: ObjectInfo, data: "Buffer", digest: str, expected: str | None) -> bool:
+def _arrived(info: ObjectInfo, data: "Buffer", digest: str, sha256: str | None, md5: str | None) -> bool:
     if memoryview(data).nbytes != info.size:
         return False
-    recorded = expected or info.sha256
-    if recorded is None and info.md5 is not None:
-        return hashlib.md5(data, usedforsecurity=False).hexdigest() == info.md5
-    return recorded in (None, digest)
+    if sha256 is None and md5 is not None:
+        return hashlib.md5(data, usedforsecurity=False).hexdigest() == md5
+    return sha256 in (None, digest)
 
 
 def _write(path: Path, temporary: Path, data: "Buffer", digest: str, means: Means, *, durable: bool) -> None:
