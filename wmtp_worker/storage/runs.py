@@ -48,8 +48,8 @@ class RunSync:
         """Put the checkpoint to resume from into the work directory, if the bucket has it and the disk does not.
 
         The logs and the best model that belong to one that is newer than all here come first: once it is there, all of
-        the run is. Returns its step, None where there was nothing to fetch. One that does not verify is passed over with
-        a warning. Raises the store's errors, and `IntegrityError` where a step that was asked for is damaged.
+        the run is. Returns its step, None where there was nothing to fetch. One that does not verify is passed over
+        with a warning. Raises the store's errors, and `IntegrityError` where a step that was asked for is damaged.
         """
         if resume == "never":
             return None
