@@ -3,6 +3,8 @@
 import hashlib
 import multiprocessing
 import os
+import subprocess
+import sys
 import tempfile
 import threading
 from datetime import timedelta
@@ -94,6 +96,19 @@ class Test_the_folder:
                     store.put("key", b"y")
             finally:
                 os.seteuid(0)
+
+
+def test_no_cloud_package_is_imported_for_a_folder(bucket):
+    program = (
+        "import sys; from wmtp_worker.settings import load; from wmtp_worker.storage.open import open_store;"
+        f"cloud = load(preset='smoke', environ={{'CLOUD_PROVIDER': 'local', 'CLOUD_BUCKET': {str(bucket)!r}}}).cloud;"
+        "open_store(cloud).put('key', b'x');"
+        "cloud_packages = ('boto3', 'botocore', 'obstore', 'google.cloud', 'azure', 'torch');"
+        "print([name for name in cloud_packages if name in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (ran.stdout, ran.stderr) == ("[]\n", "")
+    assert (bucket / "key").exists()
 
 
 class Test_links:

@@ -332,6 +332,19 @@ class Test_checksums:
         assert upload.finish().sha256 == digest(source)
         assert bytes(store.get("large")[1]) == source.read_bytes()
 
+    def test_an_upload_that_was_begun_with_md5_is_finished(self, proxied, source):
+        store, proxy = proxied(checksum="md5")
+        upload = store.begin("large", source, digest(source), PART, None)
+        upload.put(0, source.read_bytes()[:PART])
+        upload.put(1, source.read_bytes()[PART:])
+        other, _ = proxied(prefix=store.url.rpartition("/")[2])
+        upload = other.begin("large", source, digest(source), PART, None)
+        assert upload.has(0, source.read_bytes()[:PART])
+        assert upload.has(1, source.read_bytes()[PART:])
+        proxy.answer(400, body=REFUSED.format("InvalidRequest", "no checksum was asked for"), match="^POST")
+        assert upload.finish().sha256 == digest(source)
+        assert proxy.pending == 0
+
 
 class Test_unfinished_uploads:
     def names(self, store) -> list[str]:
