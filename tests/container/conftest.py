@@ -47,7 +47,8 @@ class Container:
 
     def __init__(self, image: str, *command: str, options: tuple[str, ...] = ()) -> None:
         self.name = f"wmtp-test-{uuid.uuid4().hex[:12]}"
-        run_docker("run", "--detach", "--name", self.name, "--network", "none", *options, image, *command)
+        network = () if "--network" in options else ("--network", "none")
+        run_docker("run", "--detach", "--name", self.name, *network, *options, image, *command)
 
     def logs(self) -> str:
         found = run_docker("logs", self.name)
@@ -66,6 +67,10 @@ class Container:
     def health(self) -> str:
         status: str = look_at(self.name)["State"]["Health"]["Status"]
         return status
+
+    def remove(self) -> None:
+        """End it at once, and its own volumes with it."""
+        run_docker("rm", "--force", "--volumes", self.name, check=False)
 
     def exit_code(self, timeout: float = 200) -> int:
         return int(run_docker("wait", self.name, timeout=timeout).stdout)
@@ -111,7 +116,7 @@ def labels() -> dict[str, str]:
 def build(engine: None, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Build the project's Dockerfile in a copy of the checkout where secrets lie about."""
     context = tmp_path_factory.mktemp("context") / "checkout"
-    ignored = shutil.ignore_patterns(".git", ".venv", ".*_cache", "__pycache__", "work", "dist")
+    ignored = shutil.ignore_patterns(".git", ".venv", ".cache", ".*_cache", "__pycache__", "work", "dist")
     shutil.copytree(ROOT, context, ignore=ignored)
     for place in (context, context / "wmtp_worker", context / "configs", context / "entrypoint"):
         (place / ".env").write_text(f"AWS_SECRET_ACCESS_KEY={CANARY}\n")
@@ -152,7 +157,7 @@ def start(image: str, volume: str) -> Iterator[Callable[..., Container]]:
 
     yield start
     for container in containers:
-        run_docker("rm", "--force", "--volumes", container.name, check=False)
+        container.remove()
 
 
 @pytest.fixture

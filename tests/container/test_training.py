@@ -78,3 +78,18 @@ def test_run_survives_kill_and_stop_and_ends_as_another_user(start, volume, read
     # every step once, whoever took it
     lines = map(json.loads, read("cat logs/interrupted/metrics.jsonl").splitlines())
     assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, STEPS + 1))
+
+
+def test_variables_alone_are_enough_and_the_bucket_is_all_that_survives(start, s3_server):
+    variables = s3_server.variables(s3_server.make_bucket())
+    options = ("--network", "host", *(f"--env={name}={value}" for name, value in variables.items()))
+    killed = start("train", *RUN, options=options)
+    killed.until(lambda: "step_40 is in the bucket" in killed.logs(), "published checkpoint")
+    killed.remove()
+
+    ended = start("train", *RUN, options=options)
+    assert ended.exit_code() == 0, ended.logs()
+    fetched = int(re.findall(r"fetched step_(\d+) from the bucket", ended.logs())[0])
+    assert fetched >= 40
+    assert min(saved_steps(ended.logs())) == fetched + EVERY
+    assert f"resuming from /workspace/checkpoints/interrupted/step_{fetched}" in ended.logs()
