@@ -19,7 +19,7 @@ def differs(means: Means, local: Local, remote: ObjectInfo, heed: Heed | None = 
     if local.stamp.size != remote.size:
         return True
     wanted = remote.sha256 or means.journal.object_digest(remote.key, remote.version)
-    if wanted is not None and (found := means.journal.file_digest(local.path, local.stamp)):
+    if wanted is not None and (found := means.journal.file_digest(local.name, local.stamp)):
         return found != wanted
     if heed is None:
         return None
@@ -29,8 +29,8 @@ def differs(means: Means, local: Local, remote: ObjectInfo, heed: Heed | None = 
         wanted, md5 = remote.sha256, remote.md5
     if wanted is None and (md5 is None or _hash(local, heed, "md5") != md5):
         return True
-    found = means.journal.file_digest(local.path, local.stamp) or _hash(local, heed, "sha256")
-    means.journal.note_file(local.path, local.stamp, found)
+    found = means.journal.file_digest(local.name, local.stamp) or _hash(local, heed, "sha256")
+    means.journal.note_file(local.name, local.stamp, found)
     # equal MD5s tell the object's SHA-256, for the next time
     means.journal.note_object(remote.key, remote.version, wanted or found)
     return wanted is not None and found != wanted

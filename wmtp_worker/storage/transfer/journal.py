@@ -71,7 +71,7 @@ class Journal:
         self._path = folder / NAME
         self._database = self._open()
 
-    def file_digest(self, path: Path, stamp: Stamp) -> str | None:
+    def file_digest(self, path: Path | str, stamp: Stamp) -> str | None:
         """The SHA-256 of the file as it was when it had this stamp."""
         name = str(path)
         with self._lock:
@@ -80,7 +80,7 @@ class Journal:
             row = self._one("SELECT size, mtime, inode, sha256 FROM files WHERE path = ?", name)
         return str(row[3]) if row and row[:3] == (stamp.size, stamp.mtime_ns, stamp.inode) else None
 
-    def note_file(self, path: Path, stamp: Stamp, sha256: str, *, ours: bool = False) -> None:
+    def note_file(self, path: Path | str, stamp: Stamp, sha256: str, *, ours: bool = False) -> None:
         """Remember a digest, unless the file may yet change unnoticed; `ours`: nobody else writes it."""
         if ours or stamp.settled:
             with self._lock:

@@ -21,8 +21,13 @@ class Local:
     """A regular file; `key` is its path relative to the folder, with `/`."""
 
     key: str
-    path: Path
+    name: str  # the whole path, as text: a `Path` costs more than all else in the plan
     stamp: Stamp
+
+    @property
+    def path(self) -> Path:
+        """The whole path."""
+        return Path(self.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +52,8 @@ def walk(folder: Path, wanted: Wanted, avoid: Path | None = None) -> Iterator[Lo
         except FileNotFoundError:
             return
         avoided = avoid.resolve() if avoid else None
-    pending = [_names(folder)]
+    base = f"{folder}/".replace("//", "/")
+    pending = [_names(base)]
     prefixes = [""]
     while pending:
         name = next(pending[-1], None)
@@ -56,8 +62,8 @@ def walk(folder: Path, wanted: Wanted, avoid: Path | None = None) -> Iterator[Lo
             prefixes.pop()
             continue
         key = prefixes[-1] + name
-        path = folder / key
-        if key.endswith("/"):
+        path = base + key
+        if name.endswith("/"):
             if avoided is None or root / key != avoided:
                 prefixes.append(key)
                 pending.append(_names(path))
@@ -65,9 +71,9 @@ def walk(folder: Path, wanted: Wanted, avoid: Path | None = None) -> Iterator[Lo
             yield Local(key, path, Stamp.of(status))
 
 
-def _names(folder: Path) -> Iterator[str]:
+def _names(folder: str) -> Iterator[str]:
     """Names in a folder in the order of the keys below it: a folder's name counts with its `/`."""
-    with reading(folder):
+    with reading(Path(folder)):
         try:
             with os.scandir(folder) as entries:
                 names = [
@@ -81,11 +87,11 @@ def _names(folder: Path) -> Iterator[str]:
     return iter(names)
 
 
-def _status(path: Path, root: Path) -> os.stat_result | None:
+def _status(path: str, root: Path) -> os.stat_result | None:
     try:
         status = os.lstat(path)
         if stat.S_ISLNK(status.st_mode):
-            target = path.resolve(strict=True)
+            target = Path(path).resolve(strict=True)
             if not target.is_relative_to(root) or is_hidden(str(target.relative_to(root))):
                 LOG.warning("skipping %s: the link leads out of the folder", path)
                 return None
