@@ -185,8 +185,8 @@ class Test_credentials:
             (400, "ExpiredToken", "AWS_SESSION_TOKEN"),
             (403, "RequestTimeTooSkewed", "clock"),
             (403, "InvalidAccessKeyId", "AWS_ACCESS_KEY_ID"),
-            (400, "AuthorizationHeaderMalformed", "CLOUD_REGION=eu-west-3"),
-            (301, "PermanentRedirect", "CLOUD_REGION"),
+            (400, "AuthorizationHeaderMalformed", "AWS_REGION=eu-west-3"),
+            (301, "PermanentRedirect", "AWS_REGION"),
             (400, "KMS.DisabledException", "kms_key"),
         ],
     )

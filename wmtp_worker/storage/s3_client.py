@@ -122,7 +122,7 @@ class S3Clients:
                 "s3", region_name=region, endpoint_url=cloud.endpoint_url, verify=trusted, config=config
             )
         except (botocore.exceptions.BotoCoreError, ValueError) as error:
-            fix = "check CLOUD_ENDPOINT_URL, CLOUD_REGION and AWS_PROFILE"
+            fix = "check CLOUD_ENDPOINT_URL, AWS_REGION and AWS_PROFILE"
             raise SettingsError(f"no client for S3: {error}", where=self._where, fix=fix) from error
 
     def _obstore(self, control: Any, credentials: Credentials, trusted: str | None) -> Objects:

@@ -25,7 +25,7 @@ from wmtp_worker.errors import (
 
 _KEYS = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
 _EXPIRED = "get new temporary credentials: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN"
-_REGION = "set CLOUD_REGION to the region of the bucket"
+_REGION = "set AWS_REGION (or cloud.region) to the region of the bucket"
 _AUTHORITY = "set AWS_CA_BUNDLE to a file with the certificate of the server's authority"
 _KMS = "check cloud.kms_key, and that the credentials may use it"
 # S3's code of an error -> what to do; all of these are refusals
@@ -160,7 +160,7 @@ def no_credentials(where: str, why: str) -> AccessDenied:
 
 def no_bucket(bucket: str, where: str, what: str | None = None) -> BucketNotFound:
     """There is no bucket of that name."""
-    fix = "check CLOUD_BUCKET, CLOUD_ENDPOINT_URL and CLOUD_REGION"
+    fix = "check CLOUD_BUCKET, CLOUD_ENDPOINT_URL and AWS_REGION"
     return BucketNotFound(what or f"there is no bucket {bucket!r}", where=where, fix=fix)
 
 
@@ -176,7 +176,7 @@ def _answered(answer: Answer, where: str, bucket: str) -> StorageError:
     if code in _REFUSALS or status in (301, 307, 401, 403):
         fix = _REFUSALS.get(code, _REGION if status in (301, 307) else _KEYS)
         if fix == _REGION and answer.region:
-            fix = f"set CLOUD_REGION={answer.region}"
+            fix = f"set AWS_REGION={answer.region}"
         return AccessDenied(says, where=where, fix=fix)
     if code.startswith("KMS."):
         return AccessDenied(says, where=where, fix=_KMS)
