@@ -365,3 +365,18 @@ def test_a_stop_during_a_stall_is_heeded_soon(transfer, proxy, filled, tmp_path,
     proxy.heal()
     assert transfer.pull("p", tmp_path / "out").failed == []
     assert visible(tmp_path / "out") == filled
+
+
+@pytest.mark.parametrize("fault", ["gone", "damaged"])
+def test_an_upload_that_the_server_lost_is_begun_anew(gcs_process, gcs_server, opened, source, tmp_path, fault):
+    with Proxy("127.0.0.1", gcs_process.port) as proxy:
+        raw = opened(gcs_server, endpoint_url=proxy.endpoint)
+        if fault == "gone":
+            proxy.call(gcs_process.expire_sessions, match="^PUT .*upload")
+        else:
+            proxy.flip("up", 1000, match="^PUT .*upload")
+        with Transfer(patient(raw), tmp_path / "state", part_size=PART) as transfer:
+            transfer.upload_file(tmp_path / "source" / "large.bin", "key")
+        assert proxy.pending == 0
+        assert bytes(raw.get("key")[1]) == source["large.bin"]
+        raw.close()

@@ -41,7 +41,7 @@ def test_only_a_few_tasks_wait_at_once(pool):
     thread = threading.Thread(target=submit)
     thread.start()
     time.sleep(0.2)
-    assert (len(started), len(submitted)) == (4, 8)
+    assert (len(started), len(submitted)) == (4, 16)
     gate.set()
     thread.join(10)
     assert len(submitted) == 100
@@ -112,3 +112,17 @@ def test_a_task_that_hangs_does_not_hold_up_a_stop(pool, monkeypatch):
 def test_stopped_tells_the_first_reason():
     reason = ValueError()
     assert Stopped(Stopped(reason)).reason is reason
+
+
+def test_more_threads_come_only_with_distance():
+    def threads(seconds):
+        pool = Pool(64, "test-distance", first=4)
+        with Group(pool, never) as group:
+            for _ in range(400):
+                group.submit(lambda: time.sleep(seconds))
+        count = len(pool._threads)
+        pool.close()
+        return count
+
+    assert threads(0.001) < 16
+    assert threads(0.05) >= 40

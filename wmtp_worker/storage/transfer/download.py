@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wmtp_worker.errors import IntegrityError, PreconditionFailed, TransientError
-from wmtp_worker.storage.atomic import TEMPORARY_PREFIX, disk_errors, fsync_path, publish
+from wmtp_worker.storage.atomic import TEMPORARY_PREFIX, disk_errors, publish
 from wmtp_worker.storage.objects import ObjectInfo
 from wmtp_worker.storage.transfer.digest import InOrderDigest, hash_descriptor
 from wmtp_worker.storage.transfer.journal import Stamp
@@ -33,7 +33,7 @@ def place_of(staging: Path, relative: str) -> Path:
 
 
 def download_small(
-    means: Means, info: ObjectInfo, path: Path, temporary: Path, expected: str | None, heed: Heed, *, durable: bool
+    means: Means, info: ObjectInfo, path: str, temporary: str, expected: str | None, heed: Heed, *, durable: bool
 ) -> tuple[ObjectInfo, int]:
     """Get an object by one request and check it. Returns the object and its size.
 
@@ -140,7 +140,8 @@ def _fill(
             if partial.has(number):
                 digest.add(number, None)
             else:
-                with means.memory.hold(length, group.heed):
+                # what comes in pieces is copied into one, and allocators keep about as much as they have given out
+                with means.memory.hold(2 * length, group.heed):
                     means.bandwidth.take(length, group.heed)
                     data = _part(means, info, start, length)
                     group.heed()
@@ -197,25 +198,29 @@ def _arrived(info: ObjectInfo, data: "Buffer", digest: str, sha256: str | None, 
     return sha256 in (None, digest)
 
 
-def _write(path: Path, temporary: Path, data: "Buffer", digest: str, means: Means, *, durable: bool) -> None:
-    with disk_errors(path.parent):
+def _write(path: str, temporary: str, data: "Buffer", digest: str, means: Means, *, durable: bool) -> None:
+    try:
         try:
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             try:
-                view = memoryview(data).cast("B")
-                while view:
-                    view = view[os.write(descriptor, view) :]
+                written, size = 0, memoryview(data).nbytes
+                while written < size:
+                    written += os.write(descriptor, memoryview(data)[written:] if written else data)
                 stamp = Stamp.of(os.fstat(descriptor))
+                if durable:
+                    os.fsync(descriptor)
             finally:
                 os.close(descriptor)
             if durable:
-                fsync_path(temporary)
-                publish(temporary, path)
+                publish(Path(temporary), Path(path))
             else:
                 os.replace(temporary, path)
         except BaseException:
             with suppress(FileNotFoundError):
                 os.unlink(temporary)
+            raise
+    except OSError:
+        with disk_errors(Path(path).parent):
             raise
     means.journal.note_file(path, stamp, digest, ours=True)
 

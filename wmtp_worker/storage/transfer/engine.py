@@ -29,10 +29,11 @@ _LARGE_AT_ONCE = 4
 class Transfer:
     """Carries files between a folder and a store, checked by SHA-256 on both ways. A context manager.
 
-    `state` is a private folder for the journal, which other processes may share. `concurrency` counts requests,
-    `memory` (bytes) bounds what is in flight, `bandwidth` (bytes a second, 0: none) is an average over some seconds.
-    `check` is polled in the calling thread and may raise to stop a transfer; nothing torn is left then. All methods
-    may be called from several threads. The store should try again what is transient (`RetryingStore`).
+    `state` is a private folder for the journal, which other processes may share. `concurrency` is the most requests at
+    once; as many are made as the distance of the server asks for. `memory` (bytes) bounds what is in flight,
+    `bandwidth` (bytes a second, 0: none) is an average of some seconds. `check` is polled in the calling thread and may
+    raise to stop a transfer; nothing torn is left then. All methods may be called from several threads. The store
+    should try again what is transient (`RetryingStore`).
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Transfer:
         store: ObjectStore,
         state: Path,
         *,
-        concurrency: int = 16,
+        concurrency: int = 64,
         memory: int = 128 * _MIB,
         bandwidth: float = 0,
         check: Callable[[], None] = lambda: None,
@@ -105,7 +106,7 @@ class Transfer:
             with file_lock(place.with_name(f"{place.name}.lock"), self._check):
                 if not is_there(means, info, path, sha256, self._check):
                     temporary = place.with_name(f"{place.name}.small")
-                    info, _ = download_small(means, info, path, temporary, sha256, self._check, durable=True)
+                    info, _ = download_small(means, info, str(path), str(temporary), sha256, self._check, durable=True)
                 return info
         finally:
             means.progress.finish()

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -142,6 +143,7 @@ class Pull(_Folder):
         self._made: set[str] = set()
         self._emptied: set[Path] = set()
         self._staging = self.folder / STAGING
+        self._base = f"{self.folder}/"
         self._sweep("p-*")
         try:
             report = super().run(avoid)
@@ -183,24 +185,23 @@ class Pull(_Folder):
         path = self._target(key)
         if info.size > self.means.part_size:
             place = place_of(self._staging, key)
-            return download_large(self.means, info, path, place, None, self.group.heed, durable=False)[1]
-        temporary = self._staging / f"p-{next(self._numbers)}"
+            return download_large(self.means, info, Path(path), place, None, self.group.heed, durable=False)[1]
+        temporary = f"{self._base}{STAGING}/p-{next(self._numbers)}"
         return download_small(self.means, info, path, temporary, None, self.group.heed, durable=False)[1]
 
-    def _target(self, key: str) -> Path:
+    def _target(self, key: str) -> str:
         """The path for a key, its folders made. Folders once found to be folders are not looked at again."""
         parent, _, _ = key.rpartition("/")
         if parent in self._made:
             check_key(key)
-            path = self.folder / key
-            if path.is_symlink():
+            if os.path.islink(self._base + key):
                 safe_path(self.folder, key)  # says so
-            return path
-        path = safe_path(self.folder, key)
-        with disk_errors(path.parent):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        self._made.add(parent)
-        return path
+        else:
+            folder = safe_path(self.folder, key).parent
+            with disk_errors(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            self._made.add(parent)
+        return self._base + key
 
     def _remove(self, local: Local) -> None:
         with disk_errors(local.path.parent):

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -15,23 +16,37 @@ class MemoryBudget:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._used = 0
-        self._turn = threading.Lock()  # held by who is next, so that small pieces cannot starve a large one
-        self._freed = threading.Condition()
+        self._changed = threading.Condition()
+        self._waiting: deque[object] = deque()  # in their order, so that small pieces cannot starve a large one
 
     @contextmanager
     def hold(self, size: int, heed: Heed) -> Iterator[None]:
         """Wait until `size` bytes are free, and hold them."""
-        with self._turn, self._freed:
-            while self._used and self._used + size > self._limit:
-                self._freed.wait(POLL)
-                heed()
+        with self._changed:
+            if self._waiting or not self._fits(size):
+                self._wait(size, heed)
             self._used += size
         try:
             yield
         finally:
-            with self._freed:
+            with self._changed:
                 self._used -= size
-                self._freed.notify()
+                if self._waiting:
+                    self._changed.notify_all()
+
+    def _fits(self, size: int) -> bool:
+        return not self._used or self._used + size <= self._limit
+
+    def _wait(self, size: int, heed: Heed) -> None:
+        ticket = object()
+        self._waiting.append(ticket)
+        try:
+            while self._waiting[0] is not ticket or not self._fits(size):
+                self._changed.wait(POLL)
+                heed()
+        finally:
+            self._waiting.remove(ticket)
+            self._changed.notify_all()
 
 
 class Bandwidth:

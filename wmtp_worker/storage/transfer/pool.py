@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Self
@@ -11,6 +12,9 @@ from wmtp_worker.storage.transfer.limits import POLL, Heed
 Task = Callable[[], None]
 # seconds that a stop waits for requests on their way; after that they end by their own time-outs, without effect
 GRACE = 5.0
+# tasks whose quickest tells how far the server is, and what one costs this machine, about
+_WINDOW = 64
+_CPU_SECONDS = 0.001
 
 
 class Stopped(Exception):
@@ -22,10 +26,17 @@ class Stopped(Exception):
 
 
 class Pool:
-    """Up to `size` threads, started when needed. They are daemons: a socket that hangs cannot keep the process."""
+    """Up to `size` threads, started when needed. They are daemons: a socket that hangs cannot keep the process.
 
-    def __init__(self, size: int, name: str) -> None:
+    More than a few are started only where requests take long without keeping this machine busy: one that takes 50 ms
+    at its quickest waits for a distant server, and 50 threads do as much as its CPU can. Near a server that answers in
+    3 ms they would only be in each other's way.
+    """
+
+    def __init__(self, size: int, name: str, first: int = 16) -> None:
         self.size = size
+        self._allowed = min(first, size)
+        self._quickest: list[float] = []
         self._name = name
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
@@ -36,7 +47,7 @@ class Pool:
         """Queue a task; it must not raise."""
         with self._lock:
             self._pending += 1
-            if self._pending > len(self._threads) < self.size:
+            if self._pending > len(self._threads) < self._allowed:
                 thread = threading.Thread(target=self._work, name=f"{self._name}-{len(self._threads)}", daemon=True)
                 self._threads.append(thread)
                 thread.start()
@@ -53,10 +64,20 @@ class Pool:
 
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:
+            started = time.perf_counter()
             task()
             del task  # or its data would live until the next one comes
             with self._lock:
                 self._pending -= 1
+                self._learn(time.perf_counter() - started)
+
+    def _learn(self, seconds: float) -> None:
+        if self._allowed < self.size:
+            self._quickest.append(seconds)
+            if len(self._quickest) == _WINDOW:
+                wanted = int(min(self._quickest) / _CPU_SECONDS)
+                self._allowed = min(max(self._allowed, wanted), self.size)
+                self._quickest.clear()
 
 
 class Group:
@@ -69,7 +90,9 @@ class Group:
     def __init__(self, pool: Pool, check: Heed) -> None:
         self._pool = pool
         self._check = check
-        self._limit = 2 * pool.size
+        self._limit = 4 * pool.size
+        # whoever submits is woken when half of them are done, not for each
+        self._refill = self._limit // 2
         self._changed = threading.Condition()
         self._unfinished = 0
         self._error: BaseException | None = None
@@ -96,9 +119,10 @@ class Group:
     def submit(self, task: Task, pool: Pool | None = None) -> None:
         """Run `task` in the group's pool, or another; waits while enough others do."""
         with self._changed:
-            while self._unfinished >= self._limit and self._error is None:
-                self._changed.wait(POLL)
-                self._check()
+            if self._unfinished >= self._limit:
+                while self._unfinished > self._refill and self._error is None:
+                    self._changed.wait(POLL)
+                    self._check()
             self._raise()
             self._unfinished += 1
         (pool or self._pool).submit(lambda: self._run(task))
@@ -142,7 +166,8 @@ class Group:
         finally:
             with self._changed:
                 self._unfinished -= 1
-                self._changed.notify_all()
+                if self._unfinished in (self._refill, 0):
+                    self._changed.notify_all()
                 straggler = self._unfinished == 0 and self._left
             if straggler:
                 self._finish()

@@ -5,9 +5,10 @@ import functools
 import hashlib
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from wmtp_worker.errors import InputError, IntegrityError, ObjectNotFound, StorageError
+from wmtp_worker.errors import InputError, IntegrityError, ObjectNotFound, StorageError, WorkerError
 from wmtp_worker.storage.objects import ObjectInfo, PartUpload
 from wmtp_worker.storage.transfer.digest import InOrderDigest, hash_descriptor
 from wmtp_worker.storage.transfer.journal import Stamp
@@ -22,8 +23,21 @@ _MOST_PARTS = 9000  # S3 takes 10,000
 _MIB = 1 << 20
 
 
-class _ChangedError(Exception):
-    """The file is not what it was when its digest was taken."""
+class _AgainError(Exception):
+    """Has to be begun anew, because of `reason`."""
+
+    def __init__(self, reason: WorkerError) -> None:
+        super().__init__()
+        self.reason = reason
+
+
+@contextlib.contextmanager
+def _anew_if_gone() -> Iterator[None]:
+    """An unfinished upload that was thrown away by others, or whose parts are not what they should be."""
+    try:
+        yield
+    except (ObjectNotFound, IntegrityError) as error:
+        raise _AgainError(error) from error
 
 
 def upload_small(means: Means, path: Path, key: str, expected: str | None, heed: Heed) -> tuple[ObjectInfo, int]:
@@ -53,10 +67,13 @@ def upload_large(means: Means, path: Path, key: str, expected: str | None, check
     Atomic: nothing is visible until all is there. An interruption leaves parts that the next attempt skips. Must not
     be called from a thread of the request pool, whose tasks it waits for.
     """
-    for _ in range(_READS):
-        with contextlib.suppress(_ChangedError):
+    for attempt in range(_READS):
+        try:
             return _upload_parts(means, path, key, expected, check)
-    raise _keeps_changing(path)
+        except _AgainError as again:
+            if attempt == _READS - 1:
+                raise again.reason from again
+    raise AssertionError("unreachable")
 
 
 def _upload_parts(means: Means, path: Path, key: str, expected: str | None, check: Heed) -> tuple[ObjectInfo, int]:
@@ -71,40 +88,42 @@ def _upload_parts(means: Means, path: Path, key: str, expected: str | None, chec
             raise _not_expected(path, expected)
         digest = known or expected or hash_descriptor(descriptor, stamp.size, check)
         if Stamp.of(os.fstat(descriptor)) != stamp:
-            raise _ChangedError
+            raise _AgainError(_keeps_changing(path))
         means.journal.note_file(path, stamp, digest) if not expected else None
-        upload = _begin(means, path, key, digest, stamp.size)
+        upload = _begin(means, key, digest, stamp.size)
         # a digest that was only claimed is checked on the way
         witness = None if known or not expected else InOrderDigest(descriptor, stamp.size, upload.part_size, group.heed)
         try:
-            _send_parts(means, group, upload, descriptor, stamp, sent, witness)
+            _send_parts(means, group, upload, path, descriptor, stamp, sent, witness)
             if Stamp.of(os.fstat(descriptor)) != stamp:
-                raise _ChangedError
+                raise _AgainError(_keeps_changing(path))
             if witness and witness.hexdigest() != digest:
                 raise _not_expected(path, digest)
-            info = upload.finish()
+            with _anew_if_gone():
+                info = upload.finish()
         except BaseException as error:
             _give_up(means, upload, key, error)
             raise
     means.journal.forget_upload(key)
     if info.sha256 not in (None, digest):
         # an unfinished upload of other content was taken up, whose digest was recorded when it began
-        raise _ChangedError
+        where = f"upload {means.store.url}/{key}"
+        raise _AgainError(IntegrityError(f"the object's recorded SHA-256 is {info.sha256}, not {digest}", where=where))
     means.journal.note_file(path, stamp, digest)
     means.journal.note_object(key, info.version, digest)
     means.progress.advance(0, 1)
     return info, sent.total
 
 
-def _begin(means: Means, path: Path, key: str, digest: str, size: int) -> PartUpload:
+def _begin(means: Means, key: str, digest: str, size: int) -> PartUpload:
     part_size = max(means.part_size, -(-size // _MOST_PARTS // _MIB) * _MIB)
     token = means.journal.upload(key, digest)
     try:
-        upload = means.store.begin(key, path, digest, part_size, token)
+        upload = means.store.begin(key, size, digest, part_size, token)
     except ObjectNotFound:
         if token is None:
             raise
-        upload = means.store.begin(key, path, digest, part_size, None)  # it was thrown away meanwhile
+        upload = means.store.begin(key, size, digest, part_size, None)  # it was thrown away meanwhile
     means.journal.note_upload(key, digest, upload.token)
     return upload
 
@@ -113,6 +132,7 @@ def _send_parts(
     means: Means,
     group: Group,
     upload: PartUpload,
+    path: Path,
     descriptor: int,
     stamp: Stamp,
     sent: Sent,
@@ -125,13 +145,14 @@ def _send_parts(
         with means.memory.hold(length, group.heed):
             data = os.pread(descriptor, length, offset)
             if len(data) != length:
-                raise _ChangedError
+                raise _AgainError(_keeps_changing(path))
             if witness:
                 witness.add(number, data)
-            if not upload.has(number, data):
-                means.bandwidth.take(length, group.heed)
-                upload.put(number, data)
-                sent.add(length)
+            with _anew_if_gone():
+                if not upload.has(number, data):
+                    means.bandwidth.take(length, group.heed)
+                    upload.put(number, data)
+                    sent.add(length)
         means.progress.advance(length)
 
     for number in range(-(-stamp.size // upload.part_size)):
