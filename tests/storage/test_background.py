@@ -87,3 +87,53 @@ def test_closing_ends_at_the_deadline_and_says_what_is_not_safe(queue):
     assert 0.3 <= time.monotonic() - started < 3
     assert not_safe == {"logs": "still waiting", "step_1": "the time to finish the uploads is over"}
     assert ticks
+
+
+def test_what_fails_while_closing_is_tried_once_more(queue):
+    gate, attempts = threading.Event(), []
+
+    def work():
+        gate.wait(5)
+        attempts.append(1)
+        if len(attempts) == 1:
+            raise ExhaustedError("the bucket is away")
+
+    queue.submit("checkpoint", "step_1", work)
+    wait_for(lambda: queue.pending == {"step_1": "not finished"})
+    threading.Timer(0.1, gate.set).start()
+    assert queue.close(5) == {}
+    assert len(attempts) == 2
+
+
+def test_an_optional_job_is_never_missed(queue, caplog):
+    def fails():
+        raise ExhaustedError("not allowed to delete")
+
+    queue.submit("pruning", "pruning", fails, optional=True)
+    assert queue.close(5) == {}
+    assert "pruning failed: not allowed to delete" in caplog.text
+
+
+def test_what_the_tick_raises_ends_the_waiting(queue):
+    def slow():
+        while True:
+            time.sleep(0.01)
+            queue.check()
+
+    def tick():
+        raise InterruptedError("stopped")
+
+    queue.submit("checkpoint", "step_1", slow)
+    with pytest.raises(InterruptedError):
+        queue.close(60, tick)
+    assert not queue.stuck
+
+
+def test_a_job_that_hangs_is_left_behind(monkeypatch):
+    monkeypatch.setattr("wmtp_worker.storage.background._GRACE_SECONDS", 0.1)
+    gate, background = threading.Event(), Background()
+    background.submit("checkpoint", "step_1", lambda: gate.wait(20))
+    assert background.close(0.1) == {"step_1": "not finished"}
+    assert background.stuck
+    gate.set()
+    wait_for(lambda: not background.stuck)

@@ -2,10 +2,11 @@
 
 import json
 import shutil
+from datetime import timedelta
 
 import pytest
 
-from wmtp_worker.errors import BucketNotFound, IntegrityError, ObjectNotFound, PreconditionFailed
+from wmtp_worker.errors import BucketNotFound, IntegrityError, ObjectNotFound, PreconditionFailed, TransientError
 from wmtp_worker.storage import CloudSync
 from wmtp_worker.storage.layout import RunPaths
 from wmtp_worker.storage.seal import seal_folder
@@ -157,13 +158,19 @@ def test_half_sent_checkpoints_do_not_exist_and_are_completed(machine):
     }
 
 
-def test_pruning_keeps_the_last_and_removes_half_sent_ones(machine):
+def test_pruning_keeps_the_last_and_removes_half_sent_ones(machine, monkeypatch):
     here = machine("here")
     publish(here, 10, 20, 30, 40, 60)
     here.store.delete(f"checkpoints/{RUN}/step_10/manifest.json")
     # 60 is later than the one just saved: it takes nobody's place
     assert here.run(RUN).prune(keep_last=2, newest=40) == [20]
     assert here.run(RUN).published_steps() == [30, 40, 60]
+    left = {info.key.split("/")[2] for info in here.store.list(f"checkpoints/{RUN}/step_")}
+    # 10 may be on its way right now; days later nobody sends it any more
+    assert left == {"step_10", "step_30", "step_40", "step_60"}
+    monkeypatch.setattr("wmtp_worker.storage.runs._ABANDONED", timedelta(seconds=-60))
+    monkeypatch.setattr(type(here.store), "sweep", lambda *arguments: 0)
+    here.run(RUN).prune(keep_last=2, newest=40)
     left = {info.key.split("/")[2] for info in here.store.list(f"checkpoints/{RUN}/step_")}
     assert left == {"step_30", "step_40", "step_60"}
     assert here.run(RUN).store.head(f"checkpoints/{RUN}/best_model.pt").size > 0
@@ -175,6 +182,9 @@ def test_later_steps_are_set_aside_in_the_bucket(machine):
     assert here.run(RUN).set_aside_after(20) == [40, 60]
     assert here.run(RUN).published_steps() == [20]
     aside = sorted(info.key.split("/", 3)[3] for info in here.store.list(f"checkpoints/{RUN}/set-aside-"))
+    assert [name for name in aside if not name.startswith("step_")] == ["best_model.pt", "logs/metrics.jsonl"]
+    assert not here.run(RUN).fetch_file(RunPaths(here.workdir, RUN).best)
+    aside = [name for name in aside if name.startswith("step_")]
     assert aside == [
         f"step_{step}/{name}" for step in (40, 60) for name in ("manifest.json", "model.safetensors", "state.json")
     ]
@@ -222,3 +232,105 @@ def test_the_methods_that_carry_one_thing(machine, tmp_path):
     with pytest.raises(ObjectNotFound):
         here.download_file("single/none", tmp_path / "none")
     shutil.rmtree(source)
+
+
+def test_what_is_passed_over_leaves_logs_and_best_model_as_they_are(machine):
+    other, here = machine("other"), machine("here")
+    publish(other, 60)
+    other.store.put(f"checkpoints/{RUN}/step_60/model.safetensors", b"WEIGHTS 60")
+    checkpoint(here, 40, "local")
+    paths = RunPaths(here.workdir, RUN)
+    before = paths.best.read_text(), paths.metrics.read_text()
+    assert here.run(RUN).fetch_checkpoint("auto") is None
+    assert (paths.best.read_text(), paths.metrics.read_text()) == before
+
+
+def test_a_manifest_that_is_no_checkpoints_is_passed_over(machine):
+    other, here = machine("other"), machine("here")
+    publish(other, 40, 60)
+
+    def accept(manifest: bytes, folder: str) -> None:
+        if folder == "step_60":
+            raise IntegrityError("no checkpoint of this worker")
+
+    assert here.run(RUN).fetch_checkpoint("auto", accept) == 40
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        b'{"files": {"../../x": {"size": 1, "sha256": "' + b"0" * 64 + b'"}}}',
+        b'{"files": {"x": {"size": 1000000000000000000, "sha256": "' + b"0" * 64 + b'"}}}',
+        b'{"files": {}}',
+        b"[" * 100_000,
+        b"",
+    ],
+    ids=["outside", "enormous", "no files", "deep", "empty"],
+)
+def test_a_hostile_manifest_is_passed_over(machine, manifest):
+    other, here = machine("other"), machine("here")
+    publish(other, 40)
+    other.store.put(f"checkpoints/{RUN}/step_60/manifest.json", manifest)
+    assert here.run(RUN).fetch_checkpoint("auto") == 40
+    # and where the run comes to that step itself, it is replaced
+    checkpoint(here, 60)
+    with pytest.raises(IntegrityError):
+        here.run(RUN).publish(60, replace=False)
+    assert here.run(RUN).publish(60, replace=True)
+    assert machine("third").run(RUN).fetch_checkpoint("auto") == 60
+
+
+def test_a_published_checkpoint_that_rots_is_repaired(machine):
+    here = machine("here")
+    publish(here, 20)
+    here.store.put(f"checkpoints/{RUN}/step_20/model.safetensors", b"WEIGHTS 20")
+    assert here.run(RUN).publish(20, replace=False)
+    third = machine("third")
+    assert third.run(RUN).fetch_checkpoint("auto") == 20
+    assert content(third, 20) == "weights 20"
+
+
+def test_pruning_does_not_count_what_is_not_whole(machine):
+    here = machine("here")
+    publish(here, 20, 40)
+    here.store.delete(f"checkpoints/{RUN}/step_40/model.safetensors")
+    assert here.run(RUN).prune(keep_last=1, newest=40) == []
+    assert here.run(RUN).published_steps() == [20, 40]
+
+
+def test_files_that_vanish_while_they_are_published_take_the_manifest_back(machine, monkeypatch):
+    here = machine("here")
+    checkpoint(here, 20)
+    put = type(here.store).put
+
+    def put_and_lose(store, key, data, **options):
+        if key.endswith("step_20/manifest.json"):
+            store.delete(f"checkpoints/{RUN}/step_20/model.safetensors")  # another worker's pruning
+        return put(store, key, data, **options)
+
+    monkeypatch.setattr(type(here.store), "put", put_and_lose)
+    with pytest.raises(TransientError, match="while they were published"):
+        here.run(RUN).publish(20, replace=False)
+    assert here.run(RUN).published_steps() == []
+
+
+def test_markers_of_empty_folders_are_in_nobodys_way(machine, server):
+    here = machine("here")
+    publish(here, 20, 40)
+    if server.provider != "local":  # a folder needs no markers
+        for marker in (f"checkpoints/{RUN}/", f"checkpoints/{RUN}/step_20/", f"logs/{RUN}/"):
+            here.store.put(marker, b"")
+    checkpoint(here, 60)
+    assert here.run(RUN).publish(60, replace=False)
+    assert here.run(RUN).prune(keep_last=1, newest=60) == [20, 40]
+    assert here.run(RUN).set_aside_after(20) == [60]
+
+
+def test_beginnings_that_nobody_goes_on_with_are_removed(machine):
+    publish(machine("other"), 40)
+    here = machine("here")
+    beginning = RunPaths(here.workdir, RUN).checkpoints / ".partial-step_20-0123456789ab"
+    beginning.mkdir(parents=True)
+    (beginning / "model.safetensors").write_text("a part")
+    assert here.run(RUN).fetch_checkpoint("auto") == 40
+    assert not beginning.exists()

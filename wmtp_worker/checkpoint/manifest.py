@@ -45,32 +45,38 @@ class Manifest(BaseModel):
 
 def read_manifest(folder: Path) -> Manifest:
     """Raises `NewerFormatError`, or `CheckpointError` where the manifest is missing or malformed."""
-    path = folder / MANIFEST
     try:
-        document = json.loads(path.read_bytes())
+        data = (folder / MANIFEST).read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(f"no {MANIFEST}", where=str(folder)) from None
+    except OSError as error:
+        raise CheckpointError(f"{MANIFEST} cannot be read: {error.strerror}", where=str(folder)) from None
+    return parse_manifest(data, folder.name, str(folder))
+
+
+def parse_manifest(data: bytes, name: str, where: str) -> Manifest:
+    """The manifest of the checkpoint folder called `name`. Raises `NewerFormatError` and `CheckpointError`."""
+    try:
+        document = json.loads(data)
         version = document["format_version"]
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise NewerFormatError(
                 f"checkpoint format {version} is newer than this worker's {FORMAT_VERSION}",
-                where=str(path),
+                where=f"{where}/{MANIFEST}",
                 fix="use a newer worker, or another run name",
             )
         manifest = Manifest.model_validate(document)
-    except FileNotFoundError:
-        raise CheckpointError(f"no {MANIFEST}", where=str(folder)) from None
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise CheckpointError(f"{MANIFEST} is malformed: {key}: {first['msg']}", where=str(folder)) from None
-    except OSError as error:
-        raise CheckpointError(f"{MANIFEST} cannot be read: {error.strerror}", where=str(folder)) from None
+        raise CheckpointError(f"{MANIFEST} is malformed: {key}: {first['msg']}", where=where) from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{MANIFEST} is malformed: {error!r}", where=str(folder)) from None
-    if folder.name != step_name(manifest.step):
-        raise CheckpointError(f"{MANIFEST} is of step {manifest.step}", where=str(folder))
-    for name in manifest.files:
-        if not _PLAIN_NAME.fullmatch(name):
-            raise CheckpointError(f"{MANIFEST} names a file outside its folder, or none: {name!r}", where=str(folder))
+        raise CheckpointError(f"{MANIFEST} is malformed: {error!r}", where=where) from None
+    if name != step_name(manifest.step):
+        raise CheckpointError(f"{MANIFEST} is of step {manifest.step}", where=where)
+    for file in manifest.files:
+        if not _PLAIN_NAME.fullmatch(file):
+            raise CheckpointError(f"{MANIFEST} names a file outside its folder, or none: {file!r}", where=where)
     return manifest
 
 

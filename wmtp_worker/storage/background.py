@@ -11,13 +11,19 @@ from wmtp_worker.errors import Interrupted, WorkerError
 log = logging.getLogger(__name__)
 
 _RETRY_SECONDS = 30.0
+_GRACE_SECONDS = 5.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Job:
     slot: str
     name: str
     work: Callable[[], None]
+    optional: bool
+
+    @property
+    def complaint(self) -> str:
+        return "%s failed: %s" if self.optional else "%s is not in the bucket yet, kept locally: %s"
 
 
 class Background:
@@ -36,15 +42,16 @@ class Background:
         self._active: _Job | None = None
         self._closing = False
         self._cancelled = False
+        self._last_reason: dict[_Job, str] = {}  # of those tried once more while closing
         self._thread = threading.Thread(target=self._run, name="uploads", daemon=True)
         self._thread.start()
 
-    def submit(self, slot: str, name: str, work: Callable[[], None]) -> None:
-        """Queue a job and return at once."""
+    def submit(self, slot: str, name: str, work: Callable[[], None], *, optional: bool = False) -> None:
+        """Queue a job and return at once. An optional one is tried once, and is never missed."""
         with self._changed:
             if (before := self._waiting.get(slot)) is not None and before.name != name:
                 log.info("%s is not uploaded: %s came first", before.name, name)
-            self._waiting[slot] = _Job(slot, name, work)
+            self._waiting[slot] = _Job(slot, name, work, optional)
             self._failed.pop(slot, None)
             self._changed.notify_all()
 
@@ -52,10 +59,10 @@ class Background:
     def pending(self) -> dict[str, str]:
         """Name to reason of everything that is not safe yet."""
         with self._changed:
-            names = {job.name: "still waiting" for job in self._waiting.values()}
+            names = {job.name: "still waiting" for job in self._waiting.values() if not job.optional}
             names |= {job.name: reason for job, reason, _ in self._failed.values()}
-            if self._active is not None:
-                names[self._active.name] = "not finished"
+            if self._active is not None and not self._active.optional:
+                names[self._active.name] = self._last_reason.get(self._active, "not finished")
             return names
 
     def check(self) -> None:
@@ -66,34 +73,51 @@ class Background:
     def close(self, seconds: float, tick: Callable[[], None] = lambda: None) -> dict[str, str]:
         """Finish what is queued, try once more what failed, for at most `seconds`; then stop and join the thread.
 
-        `tick` is called about once a second meanwhile. Returns name and reason of what is not safe.
+        `tick` is called about once a second meanwhile; what it raises ends the waiting and is raised. Returns name and
+        reason of what is not safe. A thread that hangs in the network is left behind after a few seconds.
         """
         with self._changed:
             self._closing = True
-            for slot, (job, _, _) in self._failed.items():
+            for slot, (job, reason, _) in self._failed.items():
+                self._last_reason[job] = reason
                 self._waiting.setdefault(slot, job)
             self._failed.clear()
-            left = [job.name for job in (self._active, *self._waiting.values()) if job is not None]
+            jobs = (self._active, *self._waiting.values())
+            left = [job.name for job in jobs if job is not None and not job.optional]
             self._changed.notify_all()
         if left:
             log.info("waiting up to %.0f s for %s", seconds, ", ".join(left))
         deadline = time.monotonic() + seconds
-        while self._thread.is_alive() and (left_seconds := deadline - time.monotonic()) > 0:
-            self._thread.join(min(1.0, left_seconds))
-            tick()
-        self._cancelled = True
-        self._thread.join()
+        try:
+            while self._thread.is_alive() and (left_seconds := deadline - time.monotonic()) > 0:
+                self._thread.join(min(1.0, left_seconds))
+                tick()
+        finally:
+            self._cancelled = True
+            self._thread.join(_GRACE_SECONDS)
         return self.pending
+
+    @property
+    def stuck(self) -> bool:
+        """Whether the thread was left behind by `close`."""
+        return self._closing and self._thread.is_alive()
 
     def _run(self) -> None:
         while (job := self._next()) is not None:
             reason = self._attempt(job)
             with self._changed:
                 self._active = None
-                # one that was replaced meanwhile is nobody's concern any more
-                if reason is not None and job.slot not in self._waiting:
-                    self._failed[job.slot] = (job, reason, time.monotonic() + self._retry_seconds)
+                if reason is not None and not job.optional and job.slot not in self._waiting:
+                    self._failed_once(job, reason)
                 self._changed.notify_all()
+
+    def _failed_once(self, job: _Job, reason: str) -> None:
+        # one that was replaced meanwhile is nobody's concern any more
+        if self._closing and not self._cancelled and job not in self._last_reason:
+            self._last_reason[job] = reason
+            self._waiting[job.slot] = job
+        else:
+            self._failed[job.slot] = (job, reason, time.monotonic() + self._retry_seconds)
 
     def _next(self) -> _Job | None:
         """Wait for a job; None when there is nothing left to do."""
@@ -122,9 +146,9 @@ class Background:
         except Interrupted as error:
             return error.what
         except (WorkerError, OSError) as error:
-            log.warning("%s is not in the bucket yet, kept locally: %s", job.name, error)
+            log.warning(job.complaint, job.name, error)
             return str(error)
         except Exception as error:  # a bug must not end the training either
-            log.exception("%s is not in the bucket yet, kept locally", job.name)
+            log.exception(job.complaint, job.name, "by a bug")
             return f"{type(error).__name__}: {error}"
         return None

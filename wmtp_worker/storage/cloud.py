@@ -1,13 +1,13 @@
 """`CloudSync`: models, data, checkpoints and logs between work directory and bucket, for people and for runs."""
 
 import logging
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from wmtp_worker.errors import StorageError
+from wmtp_worker.errors import InputError, StorageError
 from wmtp_worker.settings import CloudSettings, load
 from wmtp_worker.storage.background import Background
 from wmtp_worker.storage.layout import RunPaths
@@ -121,7 +121,7 @@ class CloudSync:
         try:
             result.fetched = side.fetch_checkpoint("auto")
             newest = max(side.published_steps(), default=-1)
-        except StorageError as error:
+        except (StorageError, InputError) as error:
             log.warning("the checkpoints of %s stay where they are: %s", run, error)
             result.not_safe = {f"step_{step}": str(error) for step in side.paths.steps()}
             return result
@@ -142,7 +142,7 @@ class CloudSync:
     def _try(self, name: str, work: Callable[[], object], result: Synced) -> bool:
         try:
             work()
-        except (StorageError, OSError) as error:
+        except (StorageError, InputError, OSError) as error:
             log.warning("%s is not in the bucket, kept locally: %s", name, error)
             result.not_safe[name] = str(error)
             return False
@@ -167,17 +167,22 @@ class CloudSync:
     def close(self, seconds: float | None = None, tick: Callable[[], None] = lambda: None) -> dict[str, str]:
         """Finish the queued uploads within `seconds` (cloud.close_seconds), give everything back; what is not safe.
 
-        `tick` is called about once a second meanwhile.
+        `tick` is called about once a second meanwhile, and may raise to end the waiting.
         """
-        not_safe: dict[str, str] = {}
+        if self._background is None:
+            self._give_back()
+            return {}
+        background, self._background = self._background, None
         try:
-            if self._background is not None:
-                background, self._background = self._background, None
-                not_safe = background.close(self._close_seconds if seconds is None else seconds, tick)
+            return background.close(self._close_seconds if seconds is None else seconds, tick)
         finally:
-            self.transfer.close()
-            self.store.close()
-        return not_safe
+            # one that hangs in the network would only be waited for again
+            if not background.stuck:
+                self._give_back()
+
+    def _give_back(self) -> None:
+        self.transfer.close()
+        self.store.close()
 
     def __enter__(self) -> Self:
         return self
@@ -188,10 +193,10 @@ class CloudSync:
         self.close(0 if error is not None else None)
 
 
-def get_cloud_sync_from_env(environ: MutableMapping[str, str] | None = None) -> CloudSync:
+def get_cloud_sync_from_env() -> CloudSync:
     """A `CloudSync` for `CLOUD_PROVIDER`, `CLOUD_BUCKET`, `CLOUD_PREFIX`, … and `WMTP_WORKDIR`, `.env` included.
 
     Raises `SettingsError`. The bucket is not asked anything yet.
     """
-    settings = load(environ=environ)
+    settings = load()
     return CloudSync(settings.cloud, settings.run.workdir)

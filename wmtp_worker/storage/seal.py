@@ -15,13 +15,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from wmtp_worker.errors import InputError, IntegrityError, ObjectNotFound
 from wmtp_worker.storage.atomic import write_text
 from wmtp_worker.storage.layout import MANIFEST
-from wmtp_worker.storage.transfer.paths import safe_path
+from wmtp_worker.storage.transfer.paths import check_key, safe_path
 
 
 class FileEntry(BaseModel):
     model_config = ConfigDict(frozen=True)
 
-    size: int = Field(ge=0, description="bytes")
+    size: int = Field(ge=0, lt=1 << 50, description="bytes")
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
@@ -62,12 +62,17 @@ def seal_folder(folder: Path) -> Seal:
 
 
 def parse_seal(data: bytes, where: str) -> Seal:
-    """The files that a manifest names. Raises `IntegrityError` where it is none."""
+    """The files that a manifest names. Raises `IntegrityError` where it is none, or names what no folder may hold."""
     try:
-        return Seal.model_validate(json.loads(data))
-    except (ValidationError, ValueError, RecursionError) as error:
+        seal = Seal.model_validate(json.loads(data))
+        for name in seal.files:
+            check_key(name)
+    except (ValidationError, ValueError, RecursionError, InputError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise IntegrityError(f"{MANIFEST} is malformed: {reason}", where=where) from None
+    if not seal.files:
+        raise IntegrityError(f"{MANIFEST} names no files", where=where)
+    return seal
 
 
 def verify_folder(folder: Path) -> Seal:

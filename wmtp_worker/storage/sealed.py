@@ -3,29 +3,36 @@
 import hashlib
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from wmtp_worker.errors import DiskFullError, IntegrityError, ObjectNotFound, PreconditionFailed
+from wmtp_worker.errors import DiskFullError, IntegrityError, ObjectNotFound, PreconditionFailed, TransientError
 from wmtp_worker.storage.atomic import PARTIAL_PREFIX, disk_errors, fsync_path, publish
 from wmtp_worker.storage.layout import MANIFEST
 from wmtp_worker.storage.objects import ObjectInfo, ObjectStore
-from wmtp_worker.storage.seal import Seal, parse_seal
+from wmtp_worker.storage.seal import FileEntry, Seal, parse_seal
 from wmtp_worker.storage.transfer import Transfer
 from wmtp_worker.storage.transfer.paths import safe_path
 
 _FILES_AT_ONCE = 8
+_LARGEST_MANIFEST = 64 << 20
 
 
 def read_seal(store: ObjectStore, prefix: str) -> tuple[Seal, ObjectInfo, bytes] | None:
-    """The manifest under `prefix` (which ends in `/`), its version and its bytes; None where there is none."""
+    """The manifest under `prefix` (which ends in `/`), its version and its bytes; None where there is none.
+
+    Raises `IntegrityError` where it is malformed, or larger than any manifest.
+    """
+    where = f"{store.url}/{prefix}{MANIFEST}"
     try:
-        info, data = store.get(prefix + MANIFEST)
+        info, data = store.get(prefix + MANIFEST, 0, _LARGEST_MANIFEST)
     except ObjectNotFound:
         return None
+    if info.size > _LARGEST_MANIFEST:
+        raise IntegrityError(f"{MANIFEST} has {info.size} bytes: it is none", where=where)
     content = bytes(data)
-    return parse_seal(content, f"{store.url}/{prefix}{MANIFEST}"), info, content
+    return parse_seal(content, where), info, content
 
 
 def push_sealed(transfer: Transfer, folder: Path, prefix: str, *, replace: bool = False) -> bool:
@@ -33,49 +40,86 @@ def push_sealed(transfer: Transfer, folder: Path, prefix: str, *, replace: bool 
 
     Returns whether anything had to be sent. Files that are there already with the right digest are not sent again, and
     objects that the manifest does not name are removed. Another folder under the same prefix is taken back first with
-    `replace`, else `PreconditionFailed` is raised. A crash at any point leaves no manifest, or that of a whole folder.
+    `replace`, else `PreconditionFailed` is raised (`IntegrityError` where its manifest cannot be read). A crash at any
+    point leaves no manifest, or that of a whole folder; files that somebody else changed meanwhile take ours back.
     """
     store = transfer.store
     data = (folder / MANIFEST).read_bytes()
     seal = parse_seal(data, str(folder))
-    there = {info.key: info for info in store.list(prefix)}
-    if (manifest := there.pop(prefix + MANIFEST, None)) is not None:
-        published = read_seal(store, prefix)
-        if published is not None and published[0] == seal and _complete(seal, there, prefix):
+    there = _listed(store, prefix)
+    manifest = there.pop(prefix + MANIFEST, None)
+    if manifest is not None and not _publishes(store, prefix, seal, replace) and not replace:
+        fix = "choose another name, or delete it there"
+        raise PreconditionFailed(
+            "something else is published under the same name", where=f"{store.url}/{prefix}", fix=fix
+        )
+    differing = [name for name, entry in seal.files.items() if not _same(store, there.get(prefix + name), entry)]
+    surplus = there.keys() - {prefix + name for name in seal.files}
+    if manifest is not None:
+        if not differing and not surplus and _publishes(store, prefix, seal, replace):
             return False
-        if not replace:
-            raise PreconditionFailed(
-                "something else is published under the same name",
-                where=f"{store.url}/{prefix}",
-                fix="choose another name, or delete it there",
-            )
         store.delete(prefix + MANIFEST, if_version=manifest.version)
 
     def send(name: str) -> None:
-        entry, key = seal.files[name], prefix + name
-        if key in there and there[key].size == entry.size and store.head(key).sha256 == entry.sha256:
-            return
-        transfer.upload_file(safe_path(folder, name), key, sha256=entry.sha256)
+        transfer.upload_file(safe_path(folder, name), prefix + name, sha256=seal.files[name].sha256)
 
-    _each(send, seal.files)
-    for key in there.keys() - {prefix + name for name in seal.files}:
+    _each(send, differing)
+    for key in surplus:
         store.delete(key)
-    store.put(prefix + MANIFEST, data, if_absent=True)
+    published = store.put(prefix + MANIFEST, data, if_absent=True)
+    if not is_complete(seal, _listed(store, prefix), prefix):
+        store.delete(prefix + MANIFEST, if_version=published.version)
+        what = "files were removed or changed by somebody else while they were published"
+        raise TransientError(what, where=f"{store.url}/{prefix}", fix="see that one worker alone trains this run")
     return True
 
 
-def pull_sealed(transfer: Transfer, prefix: str, folder: Path) -> Seal:
+def _listed(store: ObjectStore, prefix: str) -> dict[str, ObjectInfo]:
+    """Everything under the prefix, but for the markers by which consoles show empty folders."""
+    return {info.key: info for info in store.list(prefix) if not info.key.endswith("/")}
+
+
+def _publishes(store: ObjectStore, prefix: str, seal: Seal, replace: bool) -> bool:
+    """Whether the bucket's manifest names the same files; one that cannot be read may be replaced."""
+    try:
+        published = read_seal(store, prefix)
+    except IntegrityError as error:
+        if replace:
+            return False
+        raise IntegrityError(error.what, where=error.where, fix="delete it there, and publish again") from None
+    return published is not None and published[0] == seal
+
+
+def _same(store: ObjectStore, info: ObjectInfo | None, entry: FileEntry) -> bool:
+    return info is not None and info.size == entry.size and (info.sha256 or store.head(info.key).sha256) == entry.sha256
+
+
+def is_complete(seal: Seal, there: Mapping[str, ObjectInfo], prefix: str) -> bool:
+    """Whether a listing has every file of the seal, in its size."""
+    return all(prefix + name in there and there[prefix + name].size == entry.size for name, entry in seal.files.items())
+
+
+def pull_sealed(
+    transfer: Transfer,
+    prefix: str,
+    folder: Path,
+    *,
+    accept: Callable[[bytes], object] = lambda manifest: None,
+    before: Callable[[], object] = lambda: None,
+) -> Seal:
     """Download the sealed folder under `prefix` to `folder`, which must not exist yet.
 
-    Atomic: it appears by one rename, when every file has the SHA-256 of the manifest and is on the disk. What was
-    killed goes on where it was: the beginnings lie beside `folder`, hidden. Raises `ObjectNotFound` where there is no
-    manifest, `IntegrityError` where a file is missing or is not what the manifest says, `DiskFullError`.
+    Atomic: it appears by one rename, when every file has the SHA-256 of the manifest and is on the disk. `accept` sees
+    the manifest first and may raise; `before` is called when all is there, just before the rename. What was killed goes
+    on where it was: the beginnings lie beside `folder`, hidden. Raises `ObjectNotFound` where there is no manifest,
+    `IntegrityError` where a file is missing or is not what the manifest says, `DiskFullError`.
     """
     store = transfer.store
     published = read_seal(store, prefix)
     if published is None:
         raise ObjectNotFound(f"no {MANIFEST}", where=f"{store.url}/{prefix}")
     seal, _, data = published
+    accept(data)
     building = _building(folder, data)
     _check_room(building, seal)
 
@@ -91,6 +135,8 @@ def pull_sealed(transfer: Transfer, prefix: str, folder: Path) -> Seal:
         (building / MANIFEST).write_bytes(data)
         fsync_path(building / MANIFEST)
         fsync_path(building)
+    before()
+    with disk_errors(folder.parent):
         publish(building, folder)
     return seal
 
@@ -117,11 +163,6 @@ def _check_room(building: Path, seal: Seal) -> None:
             where=str(building.parent),
             fix="free some space, or set WMTP_WORKDIR to a larger disk",
         )
-
-
-def _complete(seal: Seal, there: dict[str, ObjectInfo], prefix: str) -> bool:
-    """Whether the listing has every file of the seal, in its size."""
-    return all(prefix + name in there and there[prefix + name].size == entry.size for name, entry in seal.files.items())
 
 
 def _each(job: Callable[[str], None], names: Iterable[str]) -> None:

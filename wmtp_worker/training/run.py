@@ -72,9 +72,9 @@ def run(settings: Settings, stop: StopRequest, console: Console) -> Summary:
     with run_lock(paths.lock), logging_to_console(settings.logging.level, console):
         swept = sweep(paths)
         heartbeat = Heartbeat(paths.heartbeat, paths.run)
-        with RunBucket(settings, paths, stop.check) as bucket:
+        with RunBucket(settings, paths, stop.check, lambda: heartbeat.beat("bucket")) as bucket:
             # before the log is opened: an earlier machine's may come from the bucket
-            bucket.fetch(lambda: heartbeat.beat("fetch"))
+            bucket.fetch()
             with logging_to_file(paths.training_log):
                 for name in swept:
                     log.info("removed %s, left half written by a process that was killed", name)
@@ -113,17 +113,18 @@ def _run(
 
 def _publish(session: Session) -> None:
     session.bucket.finished()
-    if not_safe := _close(session):
+    try:
+        not_safe = session.bucket.close(heed_stop=True)
+    except Interrupted as interruption:
+        what = f"{interruption.what}; the run is finished, but not all of it is in the bucket yet"
+        raise Interrupted(what, fix=interruption.fix) from None
+    if not_safe:
         names = ", ".join(not_safe)
         raise NotSafeError(
             f"the run is finished, but not in the bucket yet: {names}; {next(iter(not_safe.values()))}",
             where=session.bucket.url,
             fix=f"start the same command again with the same work directory, {session.paths.workdir}",
         )
-
-
-def _close(session: Session) -> dict[str, str]:
-    return session.bucket.close(lambda: session.heartbeat.beat("upload", step=session.progress.step))
 
 
 def _draw(paths: RunPaths) -> None:
@@ -142,7 +143,7 @@ def _train_or_save(session: Session, console: Console) -> None:
         if progress.saved_at < progress.step:
             session.save()
         place = str(paths.step(progress.step)) if progress.step else "nothing yet, no step was finished"
-        if not_safe := _close(session):
+        if not_safe := session.bucket.close():
             place += f"; not in the bucket yet: {', '.join(not_safe)}"
         log.info("%s; saved: %s", interruption.what, place)
         # never, or a step, would do again what was just done
