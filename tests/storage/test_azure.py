@@ -85,7 +85,7 @@ class Test_checksums:
         assert bytes(store.get("key")[1]) == b"old"
 
     def test_a_part_neither(self, store, proxy, source):
-        upload = store.begin("large", source, sha256(source.read_bytes()), PART, None)
+        upload = store.begin("large", source.stat().st_size, sha256(source.read_bytes()), PART, None)
         proxy.flip("up", 5000, match="^PUT .*comp=block&")
         with pytest.raises(TransientError, match="changed on the way"):
             send(upload, source)
@@ -102,7 +102,7 @@ class Test_checksums:
 
     def test_what_azure_knows_is_in_the_listing(self, direct, source):
         direct.put("small", b"data")
-        upload = direct.begin("large", source, sha256(source.read_bytes()), PART, None)
+        upload = direct.begin("large", source.stat().st_size, sha256(source.read_bytes()), PART, None)
         send(upload, source)
         upload.finish()
         large, small = direct.list()
@@ -113,19 +113,19 @@ class Test_checksums:
 class Test_blocks:
     def test_only_parts_that_are_not_there_are_sent(self, store, proxy, azure_server, opened, source):
         data = source.read_bytes()
-        upload = store.begin("large", source, sha256(data), PART, None)
+        upload = store.begin("large", source.stat().st_size, sha256(data), PART, None)
         upload.put(2, data[2 * PART :])
         proxy.cut("up", PART // 2, match="^PUT", reset=True)
         with pytest.raises(TransientError):
             upload.put(0, data[:PART])
         again = opened(azure_server, prefix=store.url.rpartition("/")[2])
-        upload = again.begin("large", source, sha256(data), PART, {})
+        upload = again.begin("large", source.stat().st_size, sha256(data), PART, {})
         assert send(upload, source) == [0, 1]
         assert upload.finish().sha256 == sha256(data)
         assert bytes(again.get("large")[1]) == data
 
     def test_an_end_whose_answer_was_lost_can_be_repeated(self, store, proxy, source):
-        upload = store.begin("large", source, sha256(source.read_bytes()), PART, None)
+        upload = store.begin("large", source.stat().st_size, sha256(source.read_bytes()), PART, None)
         send(upload, source)
         proxy.lose_response(match="comp=blocklist")
         with pytest.raises(TransientError):
@@ -134,7 +134,7 @@ class Test_blocks:
         assert bytes(store.get("large")[1]) == source.read_bytes()
 
     def test_blocks_that_another_writer_threw_away(self, store, proxy, source):
-        upload = store.begin("large", source, sha256(source.read_bytes()), PART, None)
+        upload = store.begin("large", source.stat().st_size, sha256(source.read_bytes()), PART, None)
         send(upload, source)
         # Azurite keeps them
         body = "<Error><Code>InvalidBlockList</Code><Message>gone</Message></Error>"
@@ -145,7 +145,7 @@ class Test_blocks:
 
     def test_what_is_read_meanwhile_is_the_old_object(self, direct, source):
         old = direct.put("large", b"old")
-        upload = direct.begin("large", source, sha256(source.read_bytes()), PART, None)
+        upload = direct.begin("large", source.stat().st_size, sha256(source.read_bytes()), PART, None)
         send(upload, source)
         assert direct.head("large") == old
         upload.finish()
@@ -155,7 +155,7 @@ class Test_blocks:
     def test_every_size_ends_right(self, direct, tmp_path, size):
         path = tmp_path / "file"
         path.write_bytes(os.urandom(size))
-        upload = direct.begin("large", path, sha256(path.read_bytes()), PART, None)
+        upload = direct.begin("large", path.stat().st_size, sha256(path.read_bytes()), PART, None)
         send(upload, path)
         assert upload.finish().size == size
         assert bytes(direct.get("large")[1]) == path.read_bytes()
@@ -164,12 +164,12 @@ class Test_blocks:
         path = tmp_path / "sparse"
         with path.open("wb") as file:
             file.truncate(MOST_BLOCKS * PART + 1)
-        assert direct.begin("large", path, sha256(b""), PART, None).part_size == PART + 1
+        assert direct.begin("large", path.stat().st_size, sha256(b""), PART, None).part_size == PART + 1
 
     def test_the_scope_of_the_encryption_goes_along(self, azure_server, opened, proxy, source):
         store = opened(azure_server, endpoint_url=proxy.endpoint, kms_key="ours")
         store.put("small", b"x")
-        upload = store.begin("large", source, sha256(source.read_bytes()), PART, None)
+        upload = store.begin("large", source.stat().st_size, sha256(source.read_bytes()), PART, None)
         send(upload, source)
         upload.finish()
         written = [head for head in proxy.heads if head.startswith("PUT")]

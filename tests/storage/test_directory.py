@@ -223,7 +223,7 @@ class Test_files:
 
 
 def _half(bucket: Path, source: Path, digest: str) -> None:
-    upload = open_store(cloud(bucket)).begin("large", source, digest, PART, None)
+    upload = open_store(cloud(bucket)).begin("large", source.stat().st_size, digest, PART, None)
     upload.put(0, source.read_bytes()[:PART])
     os._exit(9)
 
@@ -241,14 +241,14 @@ class Test_uploads:
         process.start()
         process.join(60)
         assert process.exitcode == 9
-        upload = store.begin("large", source, digest, PART, None)
+        upload = store.begin("large", source.stat().st_size, digest, PART, None)
         assert upload.has(0, source.read_bytes()[:PART])
         assert not upload.has(1, source.read_bytes()[PART : 2 * PART])
 
     def test_two_at_once_do_not_share_a_file(self, store, source):
         data = source.read_bytes()
         digest = hashlib.sha256(data).hexdigest()
-        uploads = [store.begin("large", source, digest, PART, None) for _ in range(2)]
+        uploads = [store.begin("large", source.stat().st_size, digest, PART, None) for _ in range(2)]
         for number in range(3):
             uploads[0].put(number, data[number * PART : (number + 1) * PART])
         assert not uploads[1].has(0, data[:PART])
@@ -260,11 +260,11 @@ class Test_uploads:
 
     def test_nothing_is_left_behind(self, bucket, store, source):
         data = source.read_bytes()
-        upload = store.begin("large", source, hashlib.sha256(data).hexdigest(), PART, None)
+        upload = store.begin("large", source.stat().st_size, hashlib.sha256(data).hexdigest(), PART, None)
         for number in range(3):
             upload.put(number, data[number * PART : (number + 1) * PART])
         upload.finish()
-        store.begin("other", source, "00", PART, None).abort()
+        store.begin("other", source.stat().st_size, "00", PART, None).abort()
         store.copy("large", "copy")
         assert list((bucket / STAGING).iterdir()) == []
 

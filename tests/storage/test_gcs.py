@@ -76,7 +76,7 @@ class Test_checksums:
 
     def test_a_large_one_neither(self, store, proxy, source):
         store.put("large", b"old")
-        upload = store.begin("large", source, sha256(source.read_bytes()), PART, None)
+        upload = store.begin("large", source.stat().st_size, sha256(source.read_bytes()), PART, None)
         proxy.flip("up", 5000, match="^PUT")
         send(upload, source)
         with pytest.raises(IntegrityError):
@@ -84,7 +84,7 @@ class Test_checksums:
         assert proxy.pending == 0
         assert bytes(store.get("large")[1]) == b"old"
         # the session is of no use any more
-        again = store.begin("large", source, sha256(source.read_bytes()), PART, upload.token)
+        again = store.begin("large", source.stat().st_size, sha256(source.read_bytes()), PART, upload.token)
         assert send(again, source) == [0, 1, 2]
         assert again.finish().sha256 == sha256(source.read_bytes())
 
@@ -110,7 +110,7 @@ class Test_checksums:
 
 class Test_sessions:
     def test_parts_are_multiples_of_what_the_server_keeps(self, direct, source):
-        upload = direct.begin("large", source, sha256(source.read_bytes()), MIB + 1, None)
+        upload = direct.begin("large", source.stat().st_size, sha256(source.read_bytes()), MIB + 1, None)
         assert upload.part_size == MIB + QUANTUM
         assert upload.sequential
         # the third is one byte, held back
@@ -122,7 +122,7 @@ class Test_sessions:
     def test_every_size_ends_right(self, direct, tmp_path, size):
         path = tmp_path / "file"
         path.write_bytes(os.urandom(size))
-        upload = direct.begin("large", path, sha256(path.read_bytes()), PART, None)
+        upload = direct.begin("large", path.stat().st_size, sha256(path.read_bytes()), PART, None)
         send(upload, path)
         assert list(direct.list()) == []
         assert upload.finish().size == size
@@ -131,7 +131,7 @@ class Test_sessions:
 
     def test_only_what_the_server_has_not_kept_is_sent_again(self, store, proxy, source):
         data = source.read_bytes()
-        upload = store.begin("large", source, sha256(data), PART, None)
+        upload = store.begin("large", source.stat().st_size, sha256(data), PART, None)
         proxy.cut("up", 2 * QUANTUM + 1000, match="^PUT", reset=True)
         with pytest.raises(TransientError):
             upload.put(0, data[:PART])
@@ -144,7 +144,7 @@ class Test_sessions:
 
     def test_a_part_is_sent_again_whole_if_nothing_of_it_was_kept(self, store, proxy, source):
         data = source.read_bytes()
-        upload = store.begin("large", source, sha256(data), PART, None)
+        upload = store.begin("large", source.stat().st_size, sha256(data), PART, None)
         proxy.answer(503, times=2, match="^PUT")
         for _ in range(2):
             with pytest.raises(TransientError):
@@ -156,39 +156,39 @@ class Test_sessions:
     @pytest.mark.parametrize("when", ["here", "elsewhere"])
     def test_an_end_whose_answer_was_lost_is_found(self, store, proxy, source, when):
         digest = sha256(source.read_bytes())
-        upload = store.begin("large", source, digest, PART, None)
+        upload = store.begin("large", source.stat().st_size, digest, PART, None)
         send(upload, source)
         proxy.lose_response(match="^PUT")
         with pytest.raises(TransientError):
             upload.finish()
         if when == "elsewhere":
-            upload = store.begin("large", source, digest, PART, upload.token)
+            upload = store.begin("large", source.stat().st_size, digest, PART, upload.token)
             assert send(upload, source) == []
         info = upload.finish()
         assert (info.version, info.sha256) == (store.head("large").version, digest)
 
     def test_a_session_that_expires_is_reported_and_not_continued(self, direct, gcs_process, source):
         data = source.read_bytes()
-        upload = direct.begin("large", source, sha256(data), PART, None)
+        upload = direct.begin("large", source.stat().st_size, sha256(data), PART, None)
         upload.put(0, data[:PART])
         gcs_process.expire_sessions()
         with pytest.raises(ObjectNotFound, match="gone"):
             upload.put(1, data[PART : 2 * PART])
-        again = direct.begin("large", source, sha256(data), PART, upload.token)
+        again = direct.begin("large", source.stat().st_size, sha256(data), PART, upload.token)
         assert again.token["session"] != upload.token["session"]
         assert send(again, source) == [0, 1, 2]
         again.finish()
 
     def test_another_server_never_gets_our_credentials(self, store, proxy, gcs_process, source):
         digest = sha256(source.read_bytes())
-        upload = store.begin("large", source, digest, PART, None)
+        upload = store.begin("large", source.stat().st_size, digest, PART, None)
         foreign = {**upload.token, "session": upload.token["session"].replace(str(proxy.port), str(gcs_process.port))}
-        again = store.begin("large", source, digest, PART, foreign)
+        again = store.begin("large", source.stat().st_size, digest, PART, foreign)
         assert str(proxy.port) in again.token["session"]
 
     def test_a_file_that_grows_meanwhile(self, direct, source):
         data = source.read_bytes()
-        upload = direct.begin("large", source, sha256(data), PART, None)
+        upload = direct.begin("large", source.stat().st_size, sha256(data), PART, None)
         with source.open("ab") as file:
             file.write(b"more")
         for number in range(3):
@@ -197,7 +197,7 @@ class Test_sessions:
         assert bytes(direct.get("large")[1]) == data
 
     def test_parts_out_of_order_are_a_bug(self, direct, source):
-        upload = direct.begin("large", source, sha256(source.read_bytes()), PART, None)
+        upload = direct.begin("large", source.stat().st_size, sha256(source.read_bytes()), PART, None)
         with pytest.raises(ValueError, match="part 1"):
             upload.put(1, b"x")
 
@@ -223,7 +223,7 @@ class Test_requests:
         store = opened(gcs_server, kms_key=KMS_KEY)
         store.put("small", b"x")
         store.copy("small", "copy")
-        upload = store.begin("large", source, sha256(source.read_bytes()), PART, None)
+        upload = store.begin("large", source.stat().st_size, sha256(source.read_bytes()), PART, None)
         send(upload, source)
         upload.finish()
         bucket, _, prefix = store.url.removeprefix("gs://").partition("/")
@@ -305,7 +305,7 @@ class Test_credentials:
 
     def test_nothing_secret_is_logged_or_shown(self, direct, gcs_process, caplog, source):
         caplog.set_level(logging.DEBUG)
-        upload = direct.begin("large", source, sha256(source.read_bytes()), PART, None)
+        upload = direct.begin("large", source.stat().st_size, sha256(source.read_bytes()), PART, None)
         send(upload, source)
         with pytest.raises(ObjectNotFound) as caught:
             direct.get("nothing")

@@ -60,7 +60,7 @@ def test_only_if_absent(store):
 
 
 def test_a_large_object(store, source):
-    upload = store.begin("large", source, sha256(source.read_bytes()), PART, None)
+    upload = store.begin("large", source.stat().st_size, sha256(source.read_bytes()), PART, None)
     for number, start in enumerate(range(0, source.stat().st_size, PART)):
         upload.put(number, source.read_bytes()[start : start + PART])
     assert upload.finish().sha256 == sha256(source.read_bytes())

@@ -140,7 +140,7 @@ class Test_on_a_server:
             lambda: list(store.list()),
             lambda: store.copy("key", "copy"),
             lambda: store.delete("copy"),
-            lambda: store.begin("large", source, "00", PART, None).abort(),
+            lambda: store.begin("large", source.stat().st_size, "00", PART, None).abort(),
         )
         for call in calls:
             proxy.answer(503, times=2)
@@ -175,7 +175,7 @@ class Test_on_a_server:
         source = tmp_path / "source"
         source.write_bytes(b"x" * (PART + 1))
         digest = hashlib.sha256(source.read_bytes()).hexdigest()
-        upload = store.begin("large", source, digest, PART, None)
+        upload = store.begin("large", source.stat().st_size, digest, PART, None)
         proxy.cut("up", 1 << 20, match="partNumber=1")
         upload.put(0, source.read_bytes()[:PART])
         upload.put(1, source.read_bytes()[PART:])

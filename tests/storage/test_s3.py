@@ -47,6 +47,12 @@ def digest(path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def send(upload, path) -> None:
+    data = path.read_bytes()
+    for number, start in enumerate(range(0, len(data), upload.part_size)):
+        upload.put(number, data[start : start + upload.part_size])
+
+
 class Test_TLS:
     def test_with_the_authority_that_is_named(self, s3_tls_server, opened, source):
         store = opened(s3_tls_server)
@@ -173,7 +179,7 @@ class Test_credentials:
             lambda: store.put("key", b"y", if_version=info.version),
             lambda: store.delete("key"),
             lambda: store.copy("key", "other"),
-            lambda: store.begin("large", source, digest(source), PART, None),
+            lambda: store.begin("large", source.stat().st_size, digest(source), PART, None),
         ):
             with pytest.raises(AccessDenied, match="s3:PutObject"):
                 call()
@@ -227,9 +233,9 @@ class Test_settings:
         store.put("small", b"x")
         store.put("conditional", b"x", if_absent=True)
         store.copy("small", "copied")
-        upload = store.begin("large", source, digest(source), PART, None)
-        upload.put(0, source.read_bytes()[:PART])
-        upload.put(1, source.read_bytes()[PART:])
+        upload = store.begin("large", source.stat().st_size, digest(source), PART, None)
+        upload.put(0, source.read_bytes()[: upload.part_size])
+        upload.put(1, source.read_bytes()[upload.part_size :])
         upload.finish()
         asked = [head for head in proxy.heads if "x-amz-server-side-encryption: aes256" in head.lower()]
         lines = [head.split("?")[0].split(" HTTP")[0].rpartition("/")[2] for head in asked]
@@ -290,7 +296,7 @@ class Test_checksums:
         for write in (
             lambda store: store.put("key", b"x"),
             lambda store: store.put("other", b"x", if_absent=True),
-            lambda store: store.begin("large", source, digest(source), PART, None).put(0, source.read_bytes()[:PART]),
+            lambda store: send(store.begin("large", source.stat().st_size, digest(source), PART, None), source),
         ):
             store, proxy = proxied(checksum="auto")
             proxy.answer(status, body=REFUSED.format(code, message), match="^P")
@@ -312,11 +318,11 @@ class Test_checksums:
     @pytest.mark.parametrize("checksum", ["auto", "md5"])
     def test_bytes_changed_on_the_way_up_are_noticed(self, proxied, source, checksum):
         store, proxy = proxied(checksum=checksum)
-        upload = store.begin("large", source, digest(source), PART, None)
+        upload = store.begin("large", source.stat().st_size, digest(source), PART, None)
         for call in (
             lambda: store.put("small", b"x" * 1000),
             lambda: store.put("conditional", b"x" * 1000, if_absent=True),
-            lambda: upload.put(0, source.read_bytes()[:PART]),
+            lambda: upload.put(0, source.read_bytes()[: upload.part_size]),
         ):
             proxy.flip("up", 100)
             with pytest.raises(TransientError):
@@ -326,21 +332,21 @@ class Test_checksums:
 
     def test_a_whole_upload_with_md5(self, proxied, source):
         store, _ = proxied(checksum="md5")
-        upload = store.begin("large", source, digest(source), PART, None)
-        upload.put(0, source.read_bytes()[:PART])
-        upload.put(1, source.read_bytes()[PART:])
+        upload = store.begin("large", source.stat().st_size, digest(source), PART, None)
+        upload.put(0, source.read_bytes()[: upload.part_size])
+        upload.put(1, source.read_bytes()[upload.part_size :])
         assert upload.finish().sha256 == digest(source)
         assert bytes(store.get("large")[1]) == source.read_bytes()
 
     def test_an_upload_that_was_begun_with_md5_is_finished(self, proxied, source):
         store, proxy = proxied(checksum="md5")
-        upload = store.begin("large", source, digest(source), PART, None)
-        upload.put(0, source.read_bytes()[:PART])
-        upload.put(1, source.read_bytes()[PART:])
+        upload = store.begin("large", source.stat().st_size, digest(source), PART, None)
+        upload.put(0, source.read_bytes()[: upload.part_size])
+        upload.put(1, source.read_bytes()[upload.part_size :])
         other, _ = proxied(prefix=store.url.rpartition("/")[2])
-        upload = other.begin("large", source, digest(source), PART, None)
-        assert upload.has(0, source.read_bytes()[:PART])
-        assert upload.has(1, source.read_bytes()[PART:])
+        upload = other.begin("large", source.stat().st_size, digest(source), PART, None)
+        assert upload.has(0, source.read_bytes()[: upload.part_size])
+        assert upload.has(1, source.read_bytes()[upload.part_size :])
         proxy.answer(400, body=REFUSED.format("InvalidRequest", "no checksum was asked for"), match="^POST")
         assert upload.finish().sha256 == digest(source)
         assert proxy.pending == 0
@@ -353,7 +359,7 @@ class Test_unfinished_uploads:
     def test_they_are_listed_and_swept(self, s3_server, opened, source):
         store = opened(s3_server)
         for key in ("a/one", "a/two", "b/three"):
-            store.begin(key, source, digest(source), PART, None)
+            store.begin(key, source.stat().st_size, digest(source), PART, None)
         assert sorted(self.names(store)) == ["a/one", "a/two", "b/three"]
         assert store.sweep("", timedelta(hours=1)) == 0
         time.sleep(1.1)
@@ -362,46 +368,90 @@ class Test_unfinished_uploads:
         assert store.sweep("", timedelta(0)) == 1
         assert self.names(store) == []
 
-    def test_one_of_a_file_whose_end_has_changed_records_the_new_digest(self, s3_server, opened, source):
+    def test_one_of_a_file_whose_end_has_changed_is_left_alone(self, s3_server, opened, source):
         store = opened(s3_server)
-        old = store.begin("large", source, digest(source), PART, None)
-        old.put(0, source.read_bytes()[:PART])
-        source.write_bytes(source.read_bytes()[:PART] + b"another end")
-        new = store.begin("large", source, digest(source), PART, None)
-        assert new.token["upload"] == old.token["upload"]
-        assert new.has(0, source.read_bytes()[:PART])
-        new.put(1, b"another end")
+        old_size = source.stat().st_size
+        old = store.begin("large", old_size, digest(source), PART, None)
+        first = source.read_bytes()[: old.part_size]
+        old.put(0, first)
+        source.write_bytes(source.read_bytes() + b"another end")
+        new = store.begin("large", source.stat().st_size, digest(source), PART, None)
+        assert new.token["upload"] != old.token["upload"]
+        old.put(1, bytes(old_size - old.part_size))
+        send(new, source)
         assert new.finish().sha256 == digest(source)
         assert store.head("large").sha256 == digest(source)
         assert bytes(store.get("large")[1]) == source.read_bytes()
 
+    @pytest.mark.parametrize("checksum", [{}, {"ChecksumAlgorithm": "SHA256"}, {"ChecksumAlgorithm": "CRC32C"}])
+    def test_one_of_another_tool_is_left_alone(self, s3_server, opened, source, checksum):
+        store, data = opened(s3_server), source.read_bytes()
+        names = {"Bucket": store.bucket, "Key": store.full_key("large")}
+        theirs = store.control.create_multipart_upload(**names, **checksum)["UploadId"]
+        etags = []
+        for number, body in enumerate((data[:PART], data[PART:]), start=1):
+            said = store.control.upload_part(**names, UploadId=theirs, PartNumber=number, Body=body)
+            etags.append(said["ETag"])
+        upload = store.begin("large", len(data), digest(source), PART, None)
+        assert upload.token["upload"] != theirs
+        send(upload, source)
+        upload.abort()
+        # theirs is as it was
+        there = store.control.list_parts(**names, UploadId=theirs)["Parts"]
+        assert [part["ETag"] for part in there] == etags
+        store.control.abort_multipart_upload(**names, UploadId=theirs)
+
+    def test_one_begun_for_other_checksums_is_neither_taken_up_nor_swept(self, proxied, source):
+        store, proxy = proxied()
+        listed = (
+            "<?xml version='1.0'?><ListMultipartUploadsResult><IsTruncated>false</IsTruncated><Upload>"
+            f"<Key>{store.full_key('large')}</Key><UploadId>theirs</UploadId><Initiated>2020-01-01T00:00:00.000Z"
+            "</Initiated>{}</Upload></ListMultipartUploadsResult>"
+        )
+        for kinds in (
+            "<ChecksumAlgorithm>CRC64NVME</ChecksumAlgorithm><ChecksumType>FULL_OBJECT</ChecksumType>",
+            "<ChecksumAlgorithm>CRC32C</ChecksumAlgorithm><ChecksumType>FULL_OBJECT</ChecksumType>",
+            "<ChecksumAlgorithm>SHA256</ChecksumAlgorithm><ChecksumType>COMPOSITE</ChecksumType>",
+        ):
+            proxy.answer(200, body=listed.format(kinds), match="^GET", times=2)
+            proxy.heads.clear()
+            upload = store.begin("large", source.stat().st_size, digest(source), PART, None)
+            assert store.sweep("", timedelta(0)) == 0
+            assert proxy.pending == 0
+            assert not [head for head in proxy.heads if "theirs" in head]
+            upload.abort()
+
     def test_one_of_a_longer_key_is_not_ours(self, s3_server, opened, source):
         store = opened(s3_server)
-        other = store.begin("large-other", source, digest(source), PART, None)
-        other.put(0, source.read_bytes()[:PART])
-        assert store.begin("large", source, digest(source), PART, None).token["upload"] != other.token["upload"]
+        other = store.begin("large-other", source.stat().st_size, digest(source), PART, None)
+        other.put(0, source.read_bytes()[: other.part_size])
+        assert (
+            store.begin("large", source.stat().st_size, digest(source), PART, None).token["upload"]
+            != other.token["upload"]
+        )
 
     def test_two_workers_that_send_the_same_file_both_succeed(self, s3_server, opened, source):
         store = opened(s3_server)
         data = source.read_bytes()
-        first = store.begin("large", source, digest(source), PART, None)
-        first.put(0, data[:PART])
-        second = store.begin("large", source, digest(source), PART, None)
+        first = store.begin("large", source.stat().st_size, digest(source), PART, None)
+        size = first.part_size
+        first.put(0, data[:size])
+        second = store.begin("large", source.stat().st_size, digest(source), PART, None)
         assert second.token["upload"] == first.token["upload"]
-        assert second.has(0, data[:PART])
-        first.put(1, data[PART:])
+        assert second.has(0, data[:size])
+        first.put(1, data[size:])
         assert first.finish().sha256 == digest(source)
-        second.put(1, data[PART:])
+        second.put(1, data[size:])
         assert second.finish().sha256 == digest(source)
 
     def test_who_may_not_list_them_begins_anew(self, proxied, source):
         store, proxy = proxied()
-        upload = store.begin("large", source, digest(source), PART, None)
-        upload.put(0, source.read_bytes()[:PART])
+        upload = store.begin("large", source.stat().st_size, digest(source), PART, None)
+        upload.put(0, source.read_bytes()[: upload.part_size])
         for token in (None, upload.token):
             body = "<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>no</Message></Error>"
             proxy.answer(403, body=body, match="^GET", times=1 + (token is not None))
-            other = store.begin("large", source, digest(source), PART, token)
+            other = store.begin("large", source.stat().st_size, digest(source), PART, token)
             assert proxy.pending == 0
             assert other.token["upload"] != upload.token["upload"]
             other.abort()
@@ -411,11 +461,11 @@ class Test_unfinished_uploads:
         with huge.open("wb") as file:
             file.truncate(200 << 30)
         store = opened(s3_server)
-        upload = store.begin("huge", huge, "00", 1, None)
+        upload = store.begin("huge", huge.stat().st_size, "00", 1, None)
         assert upload.part_size * 10_000 >= huge.stat().st_size
         upload.abort()
-        small = store.begin("small", tmp_path / "huge", "00", 64 << 20, None)
-        assert small.part_size == 64 << 20
+        small = store.begin("small", huge.stat().st_size, "00", 64 << 20, None)
+        assert 64 << 20 < small.part_size <= 65 << 20
         small.abort()
 
 
@@ -425,7 +475,7 @@ class Test_faults_of_the_way:
         store, proxy = proxied()
         data = source.read_bytes()
         store.put("key", data[: 1 << 18])
-        upload = store.begin("large", source, digest(source), PART, None)
+        upload = store.begin("large", source.stat().st_size, digest(source), PART, None)
         make = {
             "cut": lambda method: proxy.cut("up" if method == "PUT" else "down", 1000, match=method),
             "reset": lambda method: proxy.cut("up" if method == "PUT" else "down", 1000, reset=True, match=method),

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from azure.core import MatchConditions
@@ -123,9 +122,7 @@ class AzureStore:
             md5 = _hex(made.get("content_md5"))
             return ObjectInfo(key, len(body), str(made["etag"]), digest, md5, made["last_modified"])
 
-    def begin(
-        self, key: str, source: Path, sha256: str, part_size: int, token: Mapping[str, str] | None
-    ) -> BlockUpload:
+    def begin(self, key: str, size: int, sha256: str, part_size: int, token: Mapping[str, str] | None) -> BlockUpload:
         """See `ObjectStore`. Blocks that are there are found, on whatever machine they were sent."""
         with self._errors("begin", key):
             upload = BlockUpload(
@@ -133,7 +130,7 @@ class AzureStore:
                 key,
                 lambda operation: self._errors(operation, key),
                 self._options,
-                size=source.stat().st_size,
+                size=size,
                 sha256=sha256,
                 part_size=part_size,
             )

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from azure.storage.blob import BlobBlock, BlobClient
 
-from wmtp_worker.errors import IntegrityError
-from wmtp_worker.storage.objects import ObjectInfo
+from wmtp_worker.storage.objects import ObjectInfo, check_whole
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -93,14 +92,12 @@ class BlockUpload:
     def finish(self) -> ObjectInfo:
         """See `PartUpload`."""
         with self._errors("finish") as where:
+            check_whole({number: length for number, (_, length) in self._chosen.items()}, self._size, where)
             names = [self._chosen[number][0] for number in sorted(self._chosen)]
-            if not self._is_whole():
-                raise IntegrityError("the upload lacks a part", where=where, fix="upload the file again")
             made: dict[str, Any] = self._blob.commit_block_list(
                 [BlobBlock(name) for name in names], metadata={"sha256": self._sha256}, **self._options
             )
-        size = sum(length for _, length in self._chosen.values())
-        return ObjectInfo(self._key, size, str(made["etag"]), sha256=self._sha256, modified=made["last_modified"])
+        return ObjectInfo(self._key, self._size, str(made["etag"]), sha256=self._sha256, modified=made["last_modified"])
 
     def abort(self) -> None:
         """See `PartUpload`. Azure can only be told to forget blocks by a write of the blob; it does so after a week."""
@@ -108,14 +105,6 @@ class BlockUpload:
     def _choose(self, number: int, name: str, data: Buffer) -> None:
         with self._lock:
             self._chosen[number] = (name, memoryview(data).nbytes)
-
-    def _is_whole(self) -> bool:
-        """Whether all parts up to the last are there: one that is short, or reaches the size the file had."""
-        last = len(self._chosen) - 1
-        if last not in self._chosen:
-            return self._size == 0
-        length = self._chosen[last][1]
-        return length < self._part_size or last * self._part_size + length >= self._size
 
 
 def _name(number: int, data: Buffer) -> str:

@@ -188,11 +188,10 @@ class DirectoryStore:
             return replace(info, sha256=digest)
 
     def begin(
-        self, key: str, source: Path, sha256: str, part_size: int, token: Mapping[str, str] | None
+        self, key: str, size: int, sha256: str, part_size: int, token: Mapping[str, str] | None
     ) -> DirectoryUpload:
         """See `ObjectStore`. The unfinished file's name comes from key, content and part size: no token is needed."""
         self._path(key, "begin")
-        size = source.stat().st_size
         identity = hashlib.sha256(f"{self._prefix}{key}\n{sha256}\n{part_size}\n{size}".encode()).hexdigest()
 
         def publish(staged: Path) -> ObjectInfo:

@@ -12,8 +12,7 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wmtp_worker.errors import IntegrityError
-from wmtp_worker.storage.objects import ObjectInfo
+from wmtp_worker.storage.objects import ObjectInfo, check_whole
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -76,7 +75,7 @@ class DirectoryUpload:
         self._part_size = part_size
         self._publish = publish
         self._errors = errors
-        self._missing = set(range(-(-size // part_size)))
+        self._arrived: dict[int, int] = {}  # number to length
         self._lock = threading.Lock()
 
     @property
@@ -100,7 +99,7 @@ class DirectoryUpload:
             there = os.pread(self._staged.descriptor, memoryview(data).nbytes, number * self._part_size)
         if there != data:
             return False
-        self._arrived(number)
+        self._note(number, data)
         return True
 
     def put(self, number: int, data: Buffer) -> None:
@@ -110,16 +109,15 @@ class DirectoryUpload:
             done = 0
             while done < view.nbytes:
                 done += os.pwrite(self._staged.descriptor, view[done:], offset + done)
-        self._arrived(number)
+        self._note(number, data)
 
-    def _arrived(self, number: int) -> None:
+    def _note(self, number: int, data: Buffer) -> None:
         with self._lock:
-            self._missing.discard(number)
+            self._arrived[number] = memoryview(data).nbytes
 
     def finish(self) -> ObjectInfo:
         """See `PartUpload`. When it returns, the file and its name are on the disk."""
-        if self._missing:
-            raise IntegrityError(f"{len(self._missing)} parts of the upload were not sent")
+        check_whole(self._arrived, self._size)
         with self._errors():
             os.ftruncate(self._staged.descriptor, self._size)
             os.fsync(self._staged.descriptor)

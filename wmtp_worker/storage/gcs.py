@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from email.utils import parsedate_to_datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
@@ -177,11 +176,10 @@ class GcsStore:
             return self._info(blob)
 
     def begin(
-        self, key: str, source: Path, sha256: str, part_size: int, token: Mapping[str, str] | None
+        self, key: str, size: int, sha256: str, part_size: int, token: Mapping[str, str] | None
     ) -> ResumableUpload:
         """See `ObjectStore`. Google does not list unfinished uploads: without a token it is a new one."""
         self._object(key)  # refuses bad keys before anything is sent
-        size = source.stat().st_size
 
         def upload(uri: str) -> ResumableUpload:
             return ResumableUpload(

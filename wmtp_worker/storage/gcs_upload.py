@@ -103,12 +103,12 @@ class ResumableUpload:
 
     def finish(self) -> ObjectInfo:
         """See `PartUpload`. The server compares the whole with the checksum of what was given to us."""
-        total, crc = self._seen, base64.b64encode(self._crc.to_bytes(4, "big")).decode()
+        total, crc = self._size, base64.b64encode(self._crc.to_bytes(4, "big")).decode()
         with self._errors("finish") as where:
             offset = self._offset()
             if self._done is None:
                 missing = total - offset
-                if self._tail is None or missing > len(self._tail):
+                if self._seen != total or self._tail is None or missing > len(self._tail):
                     raise IntegrityError("the upload lacks a part", where=where, fix="upload the file again")
                 wanted = f"bytes {offset}-{total - 1}/{total}" if missing else f"bytes */{total}"
                 self._send(self._tail[len(self._tail) - missing :], wanted, {"X-Goog-Hash": f"crc32c={crc}"})

@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
+
+from wmtp_worker.errors import IntegrityError
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -56,7 +57,10 @@ class PartUpload(Protocol):
         """Send one part; sending it again replaces it. The store checks what arrives against a checksum."""
 
     def finish(self) -> ObjectInfo:
-        """Make the object visible, whole, in place of what was there. Atomic."""
+        """Make the object visible, whole, in place of what was there. Atomic.
+
+        Raises `IntegrityError`, with nothing visible, where the parts do not add up to the size that was announced.
+        """
 
     def abort(self) -> None:
         """Throw away all parts. No error where there is nothing to throw away."""
@@ -107,8 +111,8 @@ class ObjectStore(Protocol):
         what arrives.
         """
 
-    def begin(self, key: str, source: Path, sha256: str, part_size: int, token: Mapping[str, str] | None) -> PartUpload:
-        """Begin a large upload of the file `source`, or go on with the unfinished one of `token`.
+    def begin(self, key: str, size: int, sha256: str, part_size: int, token: Mapping[str, str] | None) -> PartUpload:
+        """Begin a large upload of `size` bytes with that digest, or go on with the unfinished one of `token`.
 
         Without a token, an unfinished upload of the same key is found and continued where the provider can list such,
         on whatever machine it was begun. Parts count only if their content matches (`PartUpload.has`).
@@ -128,3 +132,11 @@ class ObjectStore(Protocol):
 
     def close(self) -> None:
         """Give back connections. Nothing else may be called afterwards."""
+
+
+def check_whole(lengths: Mapping[int, int], size: int, where: str | None = None) -> None:
+    """Raise `IntegrityError` unless the parts, number to bytes, follow one another and add up to `size`."""
+    arrived = sum(lengths.values())
+    if arrived != size or any(number not in lengths for number in range(len(lengths))):
+        what = f"the upload lacks a part, or has one that is not its own: {arrived} of {size} bytes were sent"
+        raise IntegrityError(what, where=where, fix="upload the file again")

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from tenacity import RetryCallState, RetryError, Retrying, retry_if_exception_type, wait_random_exponential
@@ -171,9 +170,9 @@ class RetryingStore:
         ours = info.size == memoryview(data).nbytes and memoryview(there) == memoryview(data)
         return replace(info, sha256=sha256 or info.sha256) if ours else None
 
-    def begin(self, key: str, source: Path, sha256: str, part_size: int, token: Mapping[str, str] | None) -> PartUpload:
+    def begin(self, key: str, size: int, sha256: str, part_size: int, token: Mapping[str, str] | None) -> PartUpload:
         """See `ObjectStore`."""
-        upload = self._patience.call(lambda: self.store.begin(key, source, sha256, part_size, token))
+        upload = self._patience.call(lambda: self.store.begin(key, size, sha256, part_size, token))
         return _RetryingUpload(upload, self._patience, lambda: self.store.head(key), sha256)
 
     def copy(self, source: str, target: str) -> None:

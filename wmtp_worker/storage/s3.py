@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import botocore.exceptions
@@ -29,7 +28,7 @@ from wmtp_worker.storage.s3_checksums import content_md5, crc32c
 from wmtp_worker.storage.s3_client import S3Clients
 from wmtp_worker.storage.s3_errors import SDK_ERRORS, no_bucket, refuses_checksum, translated
 from wmtp_worker.storage.s3_listing import entries
-from wmtp_worker.storage.s3_upload import DIGEST, S3Upload, begin
+from wmtp_worker.storage.s3_upload import DIGEST, S3Upload, begin, may_be_ours
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -246,34 +245,30 @@ class S3Store:
         self._checksum = "md5"
         return result
 
-    def begin(self, key: str, source: Path, sha256: str, part_size: int, token: Mapping[str, str] | None) -> S3Upload:
-        """See `ObjectStore`. Without a token an unfinished upload counts only if all its parts are the file's."""
+    def begin(self, key: str, size: int, sha256: str, part_size: int, token: Mapping[str, str] | None) -> S3Upload:
+        """See `ObjectStore`. Without a token an unfinished upload counts only if its parts look like the file's."""
         check_key(key, self.where("begin", key))
         with self.errors("begin", key):
-            return begin(self, key, source, sha256, part_size, token)
+            return begin(self, key, size, sha256, part_size, token)
 
     def copy(self, source: str, target: str) -> None:
         """See `ObjectStore`. Objects of more than 5 GiB are copied in parts, by the server too."""
         check_key(target, self.where("copy", target))
         info = self._head_for("copy", source)
         with self.errors("copy", source):
-            self.copy_version(self._prefix + source, self._prefix + target, info)
+            self._copy(self._prefix + source, self._prefix + target, info)
 
-    def copy_version(self, source: str, target: str, info: ObjectInfo, digest: str | None = None) -> None:
-        """Copy that version between full keys; with `digest`, record it instead of what was recorded."""
+    def _copy(self, source: str, target: str, info: ObjectInfo) -> None:
         origin = {"Bucket": self.bucket, "Key": source}
-        recorded = digest or info.sha256
-        metadata = {"Metadata": {DIGEST: recorded}} if recorded else {}
         if info.size > _COPY_AT_ONCE:
+            metadata = {"Metadata": {DIGEST: info.sha256}} if info.sha256 else {}
             self.control.copy(origin, self.bucket, target, ExtraArgs={**metadata, **self.encryption})
             return
-        replaced = {"MetadataDirective": "REPLACE", **metadata} if digest else {}
         self.control.copy_object(
             Bucket=self.bucket,
             Key=target,
             CopySource=origin,
             CopySourceIfMatch=f'"{info.version}"',
-            **replaced,
             **self.encryption,
         )
 
@@ -316,12 +311,12 @@ class S3Store:
         return swept
 
     def unfinished(self, prefix: str) -> Iterator[Mapping[str, Any]]:
-        """Uploads of keys that begin with `prefix` and were not finished, as S3 lists them."""
+        """Uploads of keys that begin with `prefix`, not finished and not begun by other tools, as S3 lists them."""
         pages = self.control.get_paginator("list_multipart_uploads").paginate(
             Bucket=self.bucket, Prefix=self._prefix + prefix
         )
         for page in pages:
-            yield from page.get("Uploads", ())
+            yield from filter(may_be_ours, page.get("Uploads", ()))
 
     def full_key(self, key: str) -> str:
         """The key in the bucket."""

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import botocore.exceptions
 
-from wmtp_worker.errors import IntegrityError, ObjectNotFound, TransientError
-from wmtp_worker.storage.objects import ObjectInfo
+from wmtp_worker.errors import ObjectNotFound, TransientError
+from wmtp_worker.storage.objects import ObjectInfo, check_whole
 from wmtp_worker.storage.s3_checksums import content_md5, crc32c
 
 if TYPE_CHECKING:
@@ -22,23 +21,22 @@ if TYPE_CHECKING:
 DIGEST = "sha256"
 _SMALLEST = 5 << 20
 _MOST_PARTS = 10_000
+_CHECKSUM, _COMPOSITE = "CRC32C", "COMPOSITE"
 
 
 class S3Upload:
     """`PartUpload` of one multipart upload. Parts may come in any order and from several threads."""
 
-    def __init__(
-        self, store: S3Store, key: str, size: int, sha256: str, part_size: int, upload_id: str, *, begun_by_us: bool
-    ) -> None:
+    def __init__(self, store: S3Store, key: str, size: int, sha256: str, part_size: int, upload_id: str) -> None:
         self._store = store
         self._key = key
         self._size = size
         self._sha256 = sha256
         self._part_size = part_size
         self._id = upload_id
-        self._begun_by_us = begun_by_us
-        # number -> what `complete` has to say of it
+        # number -> what `complete` has to say of it, and its length
         self._parts: dict[int, dict[str, Any]] = {}
+        self._lengths: dict[int, int] = {}
         # number -> size and ETag, of parts that were there
         self._there: dict[int, tuple[int, str]] = {}
         self._lock = threading.Lock()
@@ -76,14 +74,11 @@ class S3Upload:
             return False
         return True
 
-    def is_of(self, source: Path) -> bool:
-        """Whether there are parts, and all of them are this file's."""
-        with source.open("rb") as file:
-            for number in sorted(self._there):
-                file.seek(number * self._part_size)
-                if not self.has(number, file.read(self._part_size)):
-                    return False
-        return bool(self._there)
+    def looks_like_ours(self) -> bool:
+        """Whether there are parts, of just the lengths that the parts of this content have; see `_fingerprint`."""
+        lengths = [size for size, _ in self._there.values()]
+        expected = [min(self._part_size, self._size - number * self._part_size) for number in self._there]
+        return self._part_size in lengths and lengths == expected
 
     def has(self, number: int, data: Buffer) -> bool:
         """See `PartUpload`. A part's ETag is the MD5 of its content (not with KMS: then parts are sent again)."""
@@ -117,13 +112,11 @@ class S3Upload:
         part = {"PartNumber": number + 1, "ETag": etag, **crc32c(data)}
         with self._lock:
             self._parts[number] = part
+            self._lengths[number] = memoryview(data).nbytes
 
     def finish(self) -> ObjectInfo:
         """See `PartUpload`."""
-        missing = set(range(-(-self._size // self._part_size))) - set(self._parts)
-        where = self._store.where("finish", self._key)
-        if missing:
-            raise IntegrityError(f"{len(missing)} parts of the upload were not sent", where=where)
+        check_whole(self._lengths, self._size, self._store.where("finish", self._key))
         with self._store.errors("finish", self._key):
             if self._done is None:
                 try:
@@ -132,7 +125,7 @@ class S3Upload:
                     if not _is_gone(error) or not self._is_done():
                         raise
             if self._done is None:
-                self._done = self._checked()
+                self._done = self._store.head(self._key)
             return self._done
 
     def _complete(self) -> None:
@@ -143,15 +136,6 @@ class S3Upload:
             self._store.control.complete_multipart_upload(**self._names, MultipartUpload={"Parts": told})
 
         self._store.checked(lambda: complete(parts), lambda: complete(plain))
-
-    def _checked(self) -> ObjectInfo:
-        info = self._store.head(self._key)
-        if info.sha256 != self._sha256 and not self._begun_by_us and info.size == self._size:
-            # found by its key and parts alone: what it says of the whole may be of an older file
-            full = self._store.full_key(self._key)
-            self._store.copy_version(full, full, info, self._sha256)
-            info = self._store.head(self._key)
-        return info
 
     def _is_done(self) -> bool:
         try:
@@ -173,27 +157,43 @@ class S3Upload:
 
 
 def begin(
-    store: S3Store, key: str, source: Path, sha256: str, part_size: int, token: Mapping[str, str] | None
+    store: S3Store, key: str, size: int, sha256: str, part_size: int, token: Mapping[str, str] | None
 ) -> S3Upload:
-    """The upload of the token, or one found by its key that is of this file, or a new one."""
-    size = source.stat().st_size
+    """The upload of the token, or one found by its key that looks like ours, or a new one."""
     smallest = max(_SMALLEST, -(-size // _MOST_PARTS))
-    part_size = max(part_size, smallest)
+    part_size = max(part_size, smallest) + _fingerprint(sha256)
     if token is not None and token.get("sha256") == sha256 and int(token["part_size"]) >= smallest:
-        upload = S3Upload(store, key, size, sha256, int(token["part_size"]), token["upload"], begun_by_us=True)
+        upload = S3Upload(store, key, size, sha256, int(token["part_size"]), token["upload"])
         if upload.look():
             return upload
     for found in _unfinished(store, key):
-        upload = S3Upload(store, key, size, sha256, part_size, found, begun_by_us=False)
-        if upload.look() and upload.is_of(source):
+        upload = S3Upload(store, key, size, sha256, part_size, found)
+        if upload.look() and upload.looks_like_ours():
             return upload
-    return S3Upload(store, key, size, sha256, part_size, _create(store, key, sha256), begun_by_us=True)
+    return S3Upload(store, key, size, sha256, part_size, _create(store, key, sha256))
+
+
+def may_be_ours(upload: Mapping[str, Any]) -> bool:
+    """Whether an unfinished upload was begun for checksums as ours are, as far as the server says."""
+    algorithm = upload.get("ChecksumAlgorithm")
+    return algorithm is None or (algorithm == _CHECKSUM and upload.get("ChecksumType", _COMPOSITE) == _COMPOSITE)
+
+
+def _fingerprint(sha256: str) -> int:
+    """Bytes, up to 1 MiB, that parts of this content are longer than they had to be.
+
+    S3 lists the parts of an unfinished upload with their lengths, but nothing that whoever began it could have written
+    down: this is how another machine knows the upload of the same content, and leaves all others alone.
+    """
+    return 1 + int(sha256[:5], 16)
 
 
 def _unfinished(store: S3Store, key: str) -> list[str]:
-    """Uploads of just that key, the newest first; none where the server, or our rights, do not let us list them."""
+    """Uploads of just that key that may be ours, the newest first; none where we are not allowed to list them."""
     try:
         found = [upload for upload in store.unfinished(key) if upload["Key"] == store.full_key(key)]
+        # a server refuses parts without the checksum that was announced
+        found = [upload for upload in found if not (store.md5 and "ChecksumAlgorithm" in upload)]
     except botocore.exceptions.ClientError as error:
         if isinstance(store.problem(error, "begin", key), TransientError):
             raise
@@ -209,7 +209,7 @@ def _create(store: S3Store, key: str, sha256: str) -> str:
         upload_id: str = said["UploadId"]
         return upload_id
 
-    made: str = store.checked(lambda: create({"ChecksumAlgorithm": "CRC32C"}), lambda: create({}))
+    made: str = store.checked(lambda: create({"ChecksumAlgorithm": _CHECKSUM}), lambda: create({}))
     return made
 
 
