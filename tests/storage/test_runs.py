@@ -314,12 +314,15 @@ def test_files_that_vanish_while_they_are_published_take_the_manifest_back(machi
     assert here.run(RUN).published_steps() == []
 
 
-def test_markers_of_empty_folders_are_in_nobodys_way(machine, server):
+def test_markers_of_empty_folders_are_in_nobodys_way(machine, server, monkeypatch):
     here = machine("here")
     publish(here, 20, 40)
     if server.provider != "local":  # a folder needs no markers
+        # the worker makes none: consoles do
+        monkeypatch.setattr(f"wmtp_worker.storage.{server.provider}.check_key", lambda *arguments: None)
         for marker in (f"checkpoints/{RUN}/", f"checkpoints/{RUN}/step_20/", f"logs/{RUN}/"):
             here.store.put(marker, b"")
+        monkeypatch.undo()
     checkpoint(here, 60)
     assert here.run(RUN).publish(60, replace=False)
     assert here.run(RUN).prune(keep_last=1, newest=60) == [20, 40]

@@ -1,6 +1,7 @@
 """A run and its bucket when things go wrong: training goes on, nothing is lost, and the end tells the truth."""
 
 import threading
+import time
 from urllib.parse import urlsplit
 
 import pytest
@@ -173,6 +174,79 @@ def test_an_evaluation_takes_from_the_bucket_what_is_not_here(s3, tiny_run, tiny
         )
         loss = evaluate_run(settings, weights, StopRequest())["loss"]
         assert loss == pytest.approx(expected) or weights == "best"
+
+
+def test_a_bucket_that_was_not_seen_is_not_changed(s3, tiny_run, published, monkeypatch, tmp_path):
+    from wmtp_worker.training import loop
+
+    tiny_run(tmp_path / "first", *s3.settings)
+    side = s3.side(tmp_path / "onlooker")
+    before = {info.key: info.version for info in side.store.list("")}
+    step = loop.train_step
+
+    def eventful(session):
+        if session.progress.step == 2:
+            s3.accept()
+        return step(session)
+
+    monkeypatch.setattr(loop, "train_step", eventful)
+    s3.refuse()
+    with pytest.raises(NotSafeError, match="and has step_12"):
+        tiny_run(tmp_path / "second", *s3.settings)
+    assert {info.key: info.version for info in side.store.list("")} == before
+    # the next start goes on from what is in the bucket
+    assert tiny_run(tmp_path / "third", *s3.settings).steps_taken == 0
+
+
+def test_a_wanted_step_cannot_be_had_without_the_bucket(s3, tiny_run, tmp_path):
+    s3.refuse()
+    with pytest.raises(ExhaustedError):
+        tiny_run(tmp_path / "work", *s3.settings, resume=9)
+
+
+def test_the_first_error_is_told_not_its_consequence(s3, s3_server, tiny_run, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        "wmtp_worker.training.bucket.fetch", lambda settings, transfer, check: [check() for _ in forever()]
+    )
+    with pytest.raises(BucketNotFound):
+        tiny_run(tmp_path / "work", *s3.settings, "cloud.bucket=no-such-bucket")
+
+
+def forever():
+    while True:
+        time.sleep(0.01)
+        yield
+
+
+def test_who_may_not_delete_can_publish_all_the_same(s3, tiny_run, published, monkeypatch, tmp_path, caplog):
+    from wmtp_worker.storage.runs import RunSync
+
+    def refused(*arguments):
+        raise AccessDenied("may not delete")
+
+    monkeypatch.setattr(RunSync, "prune", refused)
+    tiny_run(tmp_path / "work", *s3.settings)
+    assert published()[-1] == 12
+
+
+def test_a_stop_ends_the_wait_for_a_stalled_bucket(s3, tiny_run, tmp_path):
+    stop = StopRequest()
+    s3.stall("down", 0, times=1000)
+    timer = threading.Timer(1.0, stop.request, ["SIGTERM"])
+    timer.start()
+    started = time.monotonic()
+    with pytest.raises(Interrupted):
+        tiny_run(tmp_path / "work", *s3.settings, stop=stop)
+    assert time.monotonic() - started < 20
+    s3.heal()
+
+
+def test_a_log_that_cannot_be_sent_keeps_no_checkpoint_back(s3, tiny_run, published, tmp_path):
+    logs = RunPaths(tmp_path / "work", RUN).logs
+    logs.mkdir(parents=True)
+    (logs / "odd\\name").write_text("not for every bucket")
+    tiny_run(tmp_path / "work", *s3.settings)
+    assert published()[-1] == 12
 
 
 def test_without_a_bucket_nothing_is_asked_and_nothing_imported(tiny_run, tmp_path):
