@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import psutil
 import pytest
@@ -96,6 +97,20 @@ def source(tmp_path_factory):
     return path
 
 
+def put_by_hand(server, store, key: str) -> None:
+    """An empty object under a key that the worker would not give it."""
+    name = store.url.rpartition("/")[2] + "/" + key
+    if server.provider == "local":
+        Path(store.url).mkdir()
+        Path(store.url, key).write_bytes(b"")
+    elif server.provider == "s3":
+        store.control.put_object(Bucket=store.bucket, Key=name, Body=b"")
+    elif server.provider == "gcs":
+        store._bucket.blob(name).upload_from_string(b"")
+    else:
+        store._client.upload_blob(name, b"")
+
+
 class Test_one_object:
     def test_what_is_put_comes_back(self, store):
         put = store.put("some/key", DATA)
@@ -159,6 +174,28 @@ class Test_one_object:
             ):
                 with subtests.test(ascii(key)), pytest.raises(InputError, match="key"):
                     call()
+
+    def test_what_other_tools_made_can_be_set_aside_and_deleted(self, server, store, subtests):
+        # `folder/` is how consoles mark a folder
+        keys = ["odd\nname"] if server.provider == "local" else ["folder/", "folder/with/"]
+        keys += {"gcs": ["a//b", "/a", "a/../b", "x" * 1000, ""], "azure": ["a//b", "/a"]}.get(server.provider, [])
+        for key in keys:
+            with subtests.test(key):
+                put_by_hand(server, store, key)
+                assert [info.key for info in store.list()] == [key]
+                store.copy(key, "aside/" + key)
+                store.delete(key)
+                assert [info.key for info in store.list()] == ["aside/" + key]
+                store.delete("aside/" + key)
+                assert list(store.list()) == []
+
+    def test_a_key_that_would_be_the_address_of_something_else_is_refused(self, store, opened, server):
+        bucket = server.make_bucket()
+        root = opened(server, bucket=bucket, prefix="")
+        for key in ("", ".", ".."):
+            with pytest.raises(InputError, match="the key"):
+                root.delete(key)
+        assert list(opened(server, bucket=bucket, prefix="").list()) == []
 
     def test_delete_again(self, store):
         store.put("folder/key", DATA)

@@ -22,7 +22,7 @@ from wmtp_worker.settings.schema import CloudSettings
 from wmtp_worker.storage.azure_client import open_client
 from wmtp_worker.storage.azure_errors import is_ambiguous, no_container, translate
 from wmtp_worker.storage.azure_upload import BlockUpload
-from wmtp_worker.storage.keys import check_key
+from wmtp_worker.storage.keys import check_copy, check_key, check_path
 from wmtp_worker.storage.objects import ObjectInfo
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ class AzureStore:
         with self._errors("get", key) as where:
             if length == 0:
                 return self._pinned(key, version, where), b""
+            check_key(key, where)
             offset = start if start or length is not None else None
             try:
                 stream = self._blob(key).download_blob(
@@ -107,7 +108,8 @@ class AzureStore:
         sha256: str | None = None,
     ) -> ObjectInfo:
         """See `ObjectStore`. Azure compares what arrives with the MD5 that is sent along."""
-        with self._errors("put", key):
+        with self._errors("put", key) as where:
+            check_key(key, where)
             body = data if isinstance(data, bytes) else bytes(data)
             digest = sha256 or hashlib.sha256(body).hexdigest()
             made = self._blob(key).upload_blob(
@@ -124,7 +126,8 @@ class AzureStore:
 
     def begin(self, key: str, size: int, sha256: str, part_size: int, token: Mapping[str, str] | None) -> BlockUpload:
         """See `ObjectStore`. Blocks that are there are found, on whatever machine they were sent."""
-        with self._errors("begin", key):
+        with self._errors("begin", key) as where:
+            check_key(key, where)
             upload = BlockUpload(
                 self._blob(key),
                 key,
@@ -141,6 +144,7 @@ class AzureStore:
     def copy(self, source: str, target: str) -> None:
         """See `ObjectStore`."""
         with self._errors("copy", source) as where:
+            check_copy(source, target, self._where("copy", target))
             old, new = self._blob(source), self._blob(target)
             scope = {**self._options, "requires_sync": True} if self._options else {}
             status: Any = new.start_copy_from_url(old.url, **scope)["copy_status"]
@@ -173,7 +177,7 @@ class AzureStore:
         self._client.close()
 
     def _blob(self, key: str) -> BlobClient:
-        check_key(key, self._where("name", key))
+        check_path(self._prefix + key, self._where("name", key))
         return self._client.get_blob_client(self._prefix + key)
 
     def _pinned(self, key: str, version: str | None, where: str) -> ObjectInfo:

@@ -40,7 +40,7 @@ from wmtp_worker.errors import (
 from wmtp_worker.settings.schema import CloudSettings
 from wmtp_worker.storage.atomic import TEMPORARY_PREFIX, fsync_path
 from wmtp_worker.storage.directory_upload import DirectoryUpload, Staged, sweep
-from wmtp_worker.storage.keys import check_key
+from wmtp_worker.storage.keys import check_copy, check_key, check_path
 from wmtp_worker.storage.objects import ObjectInfo
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ class DirectoryStore:
 
     def head(self, key: str) -> ObjectInfo:
         """See `ObjectStore`. Reads the whole file, unless this store has computed its digest before."""
+        check_key(key, self._where("head", key))
         with self._errors("head", key), self._open("head", key) as descriptor:
             info = _info(key, os.fstat(descriptor))
             known = (key, info.version)
@@ -149,6 +150,7 @@ class DirectoryStore:
         self, key: str, start: int = 0, length: int | None = None, version: str | None = None
     ) -> tuple[ObjectInfo, Buffer]:
         """See `ObjectStore`."""
+        check_key(key, self._where("get", key))
         with self._errors("get", key), self._open("get", key) as descriptor:
             info = _info(key, os.fstat(descriptor))
             if version is not None and info.version != version:
@@ -173,6 +175,7 @@ class DirectoryStore:
         sha256: str | None = None,
     ) -> ObjectInfo:
         """See `ObjectStore`. When it returns, the file and its name are on the disk."""
+        check_key(key, self._where("put", key))
         with self._errors("put", key):
             staged = self._stage(key)
             try:
@@ -191,6 +194,7 @@ class DirectoryStore:
         self, key: str, size: int, sha256: str, part_size: int, token: Mapping[str, str] | None
     ) -> DirectoryUpload:
         """See `ObjectStore`. The unfinished file's name comes from key, content and part size: no token is needed."""
+        check_key(key, self._where("begin", key))
         self._path(key, "begin")
         identity = hashlib.sha256(f"{self._prefix}{key}\n{sha256}\n{part_size}\n{size}".encode()).hexdigest()
 
@@ -208,6 +212,7 @@ class DirectoryStore:
 
     def copy(self, source: str, target: str) -> None:
         """See `ObjectStore`."""
+        check_copy(source, target, self._where("copy", target))
         with self._errors("copy", source), self._open("copy", source) as descriptor:
             staged = self._stage(target)
             try:
@@ -267,7 +272,7 @@ class DirectoryStore:
     def _path(self, key: str, operation: str) -> Path:
         """The file of a key. Its folder, links resolved, is within the bucket."""
         where = self._where(operation, key)
-        check_key(key, where)
+        check_path(key, where, ("", ".", ".."))
         if any(map(_hidden, key.split("/"))):
             fix = f"names that begin with {TEMPORARY_PREFIX} are for files that are being written"
             raise InputError(f"the key {key!r} has a hidden part", where=where, fix=fix)

@@ -39,7 +39,7 @@ from wmtp_worker.storage.gcs_credentials import find_credentials
 from wmtp_worker.storage.gcs_errors import is_ambiguous, no_bucket, translate
 from wmtp_worker.storage.gcs_upload import ResumableUpload
 from wmtp_worker.storage.http import TIMEOUT, prepare_session
-from wmtp_worker.storage.keys import check_key
+from wmtp_worker.storage.keys import check_copy, check_key, check_path
 from wmtp_worker.storage.objects import ObjectInfo
 
 if TYPE_CHECKING:
@@ -136,6 +136,7 @@ class GcsStore:
         """See `ObjectStore`. A whole object is compared with the checksum that comes with it: `TransientError`."""
         with self._errors("get", key) as where:
             name = self._object(key)
+            check_key(key, where)
             # gzip is accepted so that what was stored compressed comes as it was stored
             headers = {"Accept-Encoding": "gzip"}
             if start or length is not None:
@@ -168,6 +169,7 @@ class GcsStore:
         with self._errors("put", key) as where:
             body = data if isinstance(data, bytes) else bytes(data)
             digest = sha256 or hashlib.sha256(body).hexdigest()
+            check_key(key, where)
             blob = self._blob(key, digest)
             generation = 0 if if_absent else _generation(if_version, where)
             blob.upload_from_string(
@@ -179,7 +181,7 @@ class GcsStore:
         self, key: str, size: int, sha256: str, part_size: int, token: Mapping[str, str] | None
     ) -> ResumableUpload:
         """See `ObjectStore`. Google does not list unfinished uploads: without a token it is a new one."""
-        self._object(key)  # refuses bad keys before anything is sent
+        check_key(key, self._where("begin", key))
 
         def upload(uri: str) -> ResumableUpload:
             return ResumableUpload(
@@ -204,6 +206,7 @@ class GcsStore:
     def copy(self, source: str, target: str) -> None:
         """See `ObjectStore`."""
         with self._errors("copy", source):
+            check_copy(source, target, self._where("copy", target))
             old, new = self._blob(source), self._blob(target)
             token, _, _ = new.rewrite(old, **_ONCE)
             while token is not None:
@@ -233,7 +236,8 @@ class GcsStore:
     # --- names and answers ---
 
     def _object(self, key: str) -> str:
-        check_key(key, self._where("name", key))
+        """The whole name, which is one part of an address: `..` would be the bucket's."""
+        check_path(quote(self._prefix + key, safe="", errors="replace"), self._where("name", key))
         return self._prefix + key
 
     def _blob(self, key: str, sha256: str | None = None) -> storage.Blob:

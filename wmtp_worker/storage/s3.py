@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import botocore.exceptions
 import obstore
@@ -22,7 +23,7 @@ from wmtp_worker.errors import (
     WorkerError,
 )
 from wmtp_worker.settings.schema import CloudSettings
-from wmtp_worker.storage.keys import check_key
+from wmtp_worker.storage.keys import check_copy, check_key, check_path
 from wmtp_worker.storage.objects import ObjectInfo
 from wmtp_worker.storage.s3_checksums import content_md5, crc32c
 from wmtp_worker.storage.s3_client import S3Clients
@@ -253,13 +254,17 @@ class S3Store:
 
     def copy(self, source: str, target: str) -> None:
         """See `ObjectStore`. Objects of more than 5 GiB are copied in parts, by the server too."""
-        check_key(target, self.where("copy", target))
+        check_copy(source, target, self.where("copy", target))
         info = self._head_for("copy", source)
         with self.errors("copy", source):
             self._copy(self._prefix + source, self._prefix + target, info)
 
     def _copy(self, source: str, target: str, info: ObjectInfo) -> None:
         origin = {"Bucket": self.bucket, "Key": source}
+        if source.endswith("/") and info.size == 0:
+            # the marker of a folder, which servers that have real ones do not copy
+            self.control.put_object(Bucket=self.bucket, Key=target, Body=b"", **self.encryption)
+            return
         if info.size > _COPY_AT_ONCE:
             metadata = {"Metadata": {DIGEST: info.sha256}} if info.sha256 else {}
             self.control.copy(origin, self.bucket, target, ExtraArgs={**metadata, **self.encryption})
@@ -280,6 +285,8 @@ class S3Store:
 
     def delete(self, key: str, *, if_version: str | None = None) -> None:
         """See `ObjectStore`."""
+        # `.` is the bucket's address to some
+        check_path(quote(self._prefix + key, safe="", errors="replace"), self.where("delete", key))
         condition = {} if if_version is None else {"IfMatch": f'"{if_version}"'}
         with self.errors("delete", key):
             try:
