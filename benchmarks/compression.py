@@ -1,7 +1,7 @@
 """zstd on a real checkpoint: how much smaller, how fast, and below which line speed it would pay.
 
-Needs `pip install zstandard`, which the worker itself does not use. Argument: a checkpoint's folder (step_N) of a run that
-has learned something, as `benchmarks/mbpp.py` makes.
+Needs `pip install zstandard`, which the worker itself does not use. Argument: a checkpoint's folder (step_N) of a run
+that has learned something, as `benchmarks/mbpp.py` makes.
 """
 
 import sys

@@ -8,7 +8,6 @@ from wmtp_worker.settings.environment import SETTING_VARIABLES, variable
 from wmtp_worker.settings.schema import SETTABLE
 from wmtp_worker.settings.secrets import SECRET_VARIABLES
 
-
 S3 = {"CLOUD_PROVIDER": "s3", "CLOUD_BUCKET": "b"}
 
 
