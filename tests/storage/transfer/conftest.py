@@ -1,5 +1,6 @@
 """A folder as bucket, files to send, and a `Transfer` with parts so small that few bytes make many."""
 
+import contextlib
 import gc
 import os
 import random
@@ -19,27 +20,24 @@ PART = 64 << 10
 
 
 @pytest.fixture(autouse=True)
-def _nothing_leaks(directory_server: Server) -> Iterator[None]:
-    """After each test its threads and open files are gone."""
-    before = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 0
+def _nothing_leaks(tmp_path: Path) -> Iterator[None]:
+    """After each test its threads, open files and connections to the journal are gone."""
     yield
     deadline = time.monotonic() + 10
-    while (left := leaks(before)) and time.monotonic() < deadline:
+    while (left := leaks(tmp_path)) and time.monotonic() < deadline:
         gc.collect()
         time.sleep(0.05)
     assert not left
 
 
-def leaks(files: int) -> list[str]:
-    """Threads of a transfer, and open files beyond so many."""
-    threads = [thread.name for thread in threading.enumerate() if thread.name.startswith("transfer")]
-    if files and len(os.listdir("/proc/self/fd")) > files:
-        threads += [
-            os.readlink(f"/proc/self/fd/{name}")
-            for name in os.listdir("/proc/self/fd")
-            if os.path.lexists(f"/proc/self/fd/{name}")
-        ]
-    return threads
+def leaks(folder: Path) -> list[str]:
+    """Threads of a transfer, and open files below a folder."""
+    left = [thread.name for thread in threading.enumerate() if thread.name.startswith("transfer")]
+    for name in os.listdir("/proc/self/fd") if os.path.exists("/proc/self/fd") else ():
+        with contextlib.suppress(OSError):
+            path = os.readlink(f"/proc/self/fd/{name}")
+            left += [path] if path.startswith(f"{folder}/") else []
+    return left
 
 
 @pytest.fixture

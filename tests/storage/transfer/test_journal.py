@@ -5,6 +5,7 @@ import sqlite3
 import stat
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -17,6 +18,7 @@ def journals(tmp_path):
 
     def make(url="s3://bucket", folder=tmp_path / "state"):
         made.append(Journal(folder, url))
+        made[-1].open()
         return made[-1]
 
     yield make
@@ -24,7 +26,8 @@ def journals(tmp_path):
         journal.close()
 
 
-STAMP = Stamp(10, time.time_ns() - 10**12, 7)
+LONG_AGO = time.time_ns() - 10**12
+STAMP = Stamp(10, LONG_AGO, LONG_AGO, 7)
 
 
 def test_digests_are_known_to_the_next_process_and_only_for_the_same_content(journals, tmp_path):
@@ -35,8 +38,8 @@ def test_digests_are_known_to_the_next_process_and_only_for_the_same_content(jou
     first.close()
     second = journals()
     assert second.file_digest(tmp_path / "a", STAMP) == "d1"
-    for other in (Stamp(11, STAMP.mtime_ns, 7), Stamp(10, STAMP.mtime_ns + 1, 7), Stamp(10, STAMP.mtime_ns, 8)):
-        assert second.file_digest(tmp_path / "a", other) is None
+    for change in ({"size": 11}, {"mtime_ns": LONG_AGO + 1}, {"ctime_ns": LONG_AGO + 1}, {"inode": 8}):
+        assert second.file_digest(tmp_path / "a", replace(STAMP, **change)) is None
     assert second.object_digest("key", "v1") == "d2"
     assert second.object_digest("key", "v2") is None
     assert journals("s3://other").object_digest("key", "v1") is None
@@ -46,10 +49,11 @@ def test_a_file_written_a_moment_ago_is_not_remembered(journals, tmp_path):
     # it could be written again within the same tick of the clock
     journal = journals()
     for age in (0, 10_000_000):
-        stamp = Stamp(10, time.time_ns() - age, 7)
-        journal.note_file(tmp_path / "a", stamp, "d")
-        assert journal.file_digest(tmp_path / "a", stamp) is None
-    whole_second = Stamp(10, (time.time_ns() // 10**9 - 1) * 10**9, 7)
+        for written in (LONG_AGO, time.time_ns() - age):  # its time of modification may be put back
+            stamp = Stamp(10, written, time.time_ns() - age, 7)
+            journal.note_file(tmp_path / "a", stamp, "d")
+            assert journal.file_digest(tmp_path / "a", stamp) is None
+    whole_second = Stamp(10, LONG_AGO, (time.time_ns() // 10**9 - 1) * 10**9, 7)
     journal.note_file(tmp_path / "a", whole_second, "d")
     assert journal.file_digest(tmp_path / "a", whole_second) is None
 

@@ -37,7 +37,7 @@ def test_no_folder_has_no_files(tmp_path):
 
 @given(st.sets(st.text("ab/.-é", min_size=1)), st.sets(st.text("ab/.-é", min_size=1)))
 def test_every_key_comes_once_with_what_is_on_each_side(local, remote):
-    locals_ = (Local(key, key, Stamp(0, 0, 0)) for key in sorted(local, key=str.encode))
+    locals_ = (Local(key, key, Stamp(0, 0, 0, 0)) for key in sorted(local, key=str.encode))
     remotes = ((key, ObjectInfo(key, 0, "")) for key in sorted(remote, key=str.encode))
     pairs = list(join(locals_, remotes))
     assert [pair.key for pair in pairs] == sorted(local | remote, key=str.encode)
