@@ -136,7 +136,7 @@ def _endpoint(settings: Settings, url: str) -> Iterator[Problem]:
 def is_loopback(host: str) -> bool:
     """Whether a host's name or address means this machine."""
     try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 

@@ -180,7 +180,9 @@ class CloudSettings(Section):
     kms_key: Text | None = Field(
         description="key of the server-side encryption: KMS key of S3 or GCS, encryption scope of Azure"
     )
-    concurrency: Annotated[int, Field(ge=1, le=256)] = Field(description="requests on their way at once")
+    concurrency: Annotated[int, Field(ge=1, le=256)] = Field(
+        description="most requests on their way at once; few are used where the server is near"
+    )
     memory: Annotated[int, Field(ge=16, le=65536)] = Field(description="bytes on their way at once, in MB")
     bandwidth: NotNegative = Field(description="cap on what is sent and received, in MB/s; 0: none")
     patience: NotNegative = Field(description="seconds for which a call in transient trouble is tried again")
