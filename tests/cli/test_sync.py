@@ -119,7 +119,16 @@ def test_what_differs_ends_with_78(command, folder, place, tmp_path):
         (["push", "s3://b/p", "here"], ["is a URL, and no folder", "wmtp sync push FOLDER URL; `wmtp sync pull`"]),
         (["pull", "bucket", "s3://b/p"], ["is a URL, and no folder", "wmtp sync pull URL FOLDER"]),
         (["push", "file", "bucket"], ["is a file, and no folder", "--include file"]),
-        (["push", "empty", "bucket", "--delete"], ["'empty' is empty, and --delete would empty the bucket"]),
+        (["push", "empty", "bucket", "--delete"], ["'empty' has no files that take part, and --delete would empty"]),
+        (["push", "shell", "bucket", "--delete"], ["'shell' has no files that take part, and --delete would empty"]),
+        (["push", "full", "bucket", "--delete", "--include", "*.lgo"], ["no files that take part"]),
+        (["pull", "shell", "here", "--delete"], ["there is nothing", "check the URL"]),
+        (["pull", "full", "here", "--delete", "--include", "*.lgo"], ["there is nothing"]),
+        (["pull", "full/file", "here"], ["is a file, and no folder", "full --include file"]),
+        (["push", "full", "s3:bucket"], ["'s3:bucket' is no URL", "write s3://bucket, or ./s3:bucket for a folder"]),
+        (["pull", "gs:/b/p", "here"], ["'gs:/b/p' is no URL", "write gs://b/p"]),
+        (["verify", "az:/b", "full"], ["write az://b"]),
+        (["ls", "s3:b"], ["write s3://b"]),
         (["pull", "none", "here"], ["there is no folder 'none'"]),
         (["pull", "bucket", "here", "--delete"], ["there is nothing", "check the URL"]),
         (["ls", "none"], ["there is no folder 'none'"]),
@@ -132,8 +141,10 @@ def test_what_differs_ends_with_78(command, folder, place, tmp_path):
 )
 def test_mistakes_are_said_in_one_line(command, tmp_path, arguments, words):
     here = tmp_path / "here"
-    for name in ("empty", "bucket"):
-        (here / name).mkdir()
+    for name in ("empty", "bucket", "full", "shell/sub/deep"):
+        (here / name).mkdir(parents=True)
+    for name in ("full/file", "shell/.lock", "shell/sub/.tmp-x"):
+        (here / name).write_bytes(b"1")
     (here / "file").write_bytes(b"1")
     done = command("sync", *arguments, code=78)
     assert done.stdout == ""
@@ -154,6 +165,28 @@ def test_no_such_bucket_and_wrong_credentials(command, folder, s3_server):
         assert SECRET not in done.stdout + done.stderr
 
 
+def test_markers_of_folders_are_nothing_to_pull(command, s3_server, seaweed, tmp_path):
+    bucket = s3_server.make_bucket()
+    for key in ("logs/", "logs/deep/"):
+        seaweed.client().put_object(Bucket=bucket, Key=key, Body=b"")
+    precious = tmp_path / "folder" / "precious"
+    precious.parent.mkdir()
+    precious.write_bytes(b"1")
+    for arguments in (["pull", f"s3://{bucket}/logs", precious.parent, "--delete"], ["pull", f"s3://{bucket}", "here"]):
+        assert "there is nothing" in command("sync", *arguments, code=78, **s3_server.variables(bucket)).stderr
+    assert precious.exists()
+
+
+@pytest.mark.parametrize("provider", ["s3", "gcs", "azure"])
+def test_the_url_of_an_object_says_how_to_get_it(command, folder, request, provider):
+    url, variables = address(request.getfixturevalue(f"{provider}_server"))
+    command("sync", "push", folder, url, "--include", "x.log", **variables)
+    for arguments in (["pull", f"{url}/logs/x.log", "here"], ["ls", f"{url}/logs/x.log"]):
+        said = command("sync", *arguments, code=78, **variables).stderr
+        assert "x.log is an object, and no prefix" in said
+        assert f"write {url}/logs --include x.log" in said
+
+
 def test_an_endpoint_alone_is_enough_for_a_url(command, s3_server):
     bucket = s3_server.make_bucket()
     endpoint = f"cloud.endpoint_url={s3_server.endpoint}"
@@ -165,9 +198,11 @@ def test_odd_characters_do_not_reach_the_terminal(command, tmp_path):
     bucket = tmp_path / "bucket"
     bucket.mkdir()
     (bucket / "\x1b[31mred").write_bytes(b"1")
-    shown = command("sync", "ls", bucket).stdout
-    assert "\x1b" not in shown
-    assert "\\x1b[31mred" in shown
+    (tmp_path / "empty").mkdir()
+    for arguments, code in ((["ls", bucket], 0), (["verify", tmp_path / "empty", bucket], 78)):
+        shown = command("sync", *arguments, code=code).stdout
+        assert "\x1b" not in shown
+        assert "\\x1b[31mred" in shown
 
 
 def test_a_listing_that_nobody_reads_to_the_end_just_ends(tmp_path):

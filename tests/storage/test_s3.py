@@ -21,6 +21,7 @@ from wmtp_worker.errors import (
     TransientError,
 )
 from wmtp_worker.settings import load
+from wmtp_worker.settings.checks import is_loopback
 from wmtp_worker.storage import s3_client
 from wmtp_worker.storage.open import open_store, open_url, settings_of_url
 from wmtp_worker.storage.retry import RetryingStore
@@ -227,6 +228,10 @@ class Test_credentials:
 
 
 class Test_settings:
+    def test_names_of_hosts_have_no_case(self):
+        assert is_loopback("LOCALHOST")
+        assert not is_loopback("localhost.example.org")
+
     def test_encryption_is_asked_for_with_every_write(self, proxied, source):
         store, proxy = proxied(sse="AES256")
         proxy.heads.clear()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wmtp_worker.cli.options import Json, Set
+from wmtp_worker.cli.text import printable
 
 if TYPE_CHECKING:
     from wmtp_worker.settings import Settings
@@ -55,11 +56,13 @@ def push(
 
     Each object appears whole. What was interrupted goes on when the same command is given again.
     """
-    from wmtp_worker.storage.sync import check_sides, folder_to_push
+    from wmtp_worker.storage.sync import check_files, check_sides, folder_to_push
 
     check_sides(folder, url, "push")
-    path = folder_to_push(folder, delete)
-    with _transfer(url, set_, f"push {folder}") as transfer:
+    path = folder_to_push(folder)
+    with _transfer(url, _settings(set_), f"push {folder}") as transfer:
+        if delete:
+            check_files(path, include or (), exclude or ())
         report = transfer.push(path, "", include=include or (), exclude=exclude or (), delete=delete, dry_run=dry_run)
     _finish(report, as_json, dry_run)
 
@@ -85,12 +88,14 @@ def pull(
 
     Each file appears whole, with the SHA-256 that was recorded when it was uploaded.
     """
-    from wmtp_worker.storage.sync import check_is_there, check_not_empty, check_sides
+    from wmtp_worker.storage.sync import check_is_there, check_objects, check_sides
 
     check_sides(folder, url, "pull")
     check_is_there(url)
-    with _transfer(url, set_, f"pull {url}") as transfer:
-        check_not_empty(transfer.store)
+    settings = _settings(set_)
+    with _transfer(url, settings, f"pull {url}") as transfer:
+        chosen = (include or (), exclude or ()) if delete else ((), ())
+        check_objects(transfer.store, url, settings.cloud, *chosen)
         report = transfer.pull(
             "", Path(folder), include=include or (), exclude=exclude or (), delete=delete, dry_run=dry_run
         )
@@ -114,17 +119,18 @@ def verify(
     """
     from wmtp_worker.errors import WRONG
     from wmtp_worker.redact import redact
-    from wmtp_worker.storage.sync import check_not_empty, folder_and_url
+    from wmtp_worker.storage.sync import check_objects, folder_and_url
 
     folder, url = folder_and_url(source, target)
-    with _transfer(url, set_, f"verify {url}") as transfer:
-        check_not_empty(transfer.store)
+    settings = _settings(set_)
+    with _transfer(url, settings, f"verify {url}") as transfer:
+        check_objects(transfer.store, url, settings.cloud)
         report = transfer.verify("", folder)
     if as_json:
         typer.echo(redact(json.dumps(_as_json(report), indent=1)))
     else:
         for key, error in report.failed:
-            typer.echo(redact(f"differs  {key}: {error.what}"))
+            typer.echo(printable(redact(f"differs  {key}: {error.what}")))
         same = report.done.get("verify", 0)
         typer.echo(f"{same} files are the same, {len(report.failed)} differ ({report.seconds:.1f} s)")
     if report.failed:
@@ -141,10 +147,11 @@ def ls(url: Url, set_: Set = None, as_json: Json = False) -> None:
     """
     from wmtp_worker.host.stop import STOP
     from wmtp_worker.storage.open import open_url
-    from wmtp_worker.storage.sync import check_is_there
+    from wmtp_worker.storage.sync import check_is_there, check_no_object
 
     check_is_there(url)
-    store = open_url(url, _settings(set_).cloud, STOP.check)
+    cloud = _settings(set_).cloud
+    store = open_url(url, cloud, STOP.check)
     count = size = 0
     try:
         for info in store.list():
@@ -154,19 +161,16 @@ def ls(url: Url, set_: Set = None, as_json: Json = False) -> None:
                 line = {"key": info.key, "size": info.size, "modified": info.modified and info.modified.isoformat()}
                 sys.stdout.write(("[\n" if count == 0 else ",\n") + json.dumps(line))
             else:
-                sys.stdout.write(f"{info.size:>15,}  {time:19}  {_printable(info.key)}\n")
+                sys.stdout.write(f"{info.size:>15,}  {time:19}  {printable(info.key)}\n")
             count, size = count + 1, size + info.size
+        if not count:
+            check_no_object(url, cloud, STOP.check)
     finally:
         store.close()
     if as_json:
         sys.stdout.write("\n]\n" if count else "[]\n")
     else:
         sys.stdout.write(f"{count:,} objects, {size / 1e6:,.1f} MB\n")
-
-
-def _printable(key: str) -> str:
-    """A key without characters that would move the cursor or change its colour."""
-    return key if key.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in key)
 
 
 def _settings(set_: list[str] | None) -> "Settings":
@@ -176,7 +180,7 @@ def _settings(set_: list[str] | None) -> "Settings":
 
 
 @contextmanager
-def _transfer(url: str, set_: list[str] | None, title: str) -> "Iterator[Transfer]":
+def _transfer(url: str, settings: "Settings", title: str) -> "Iterator[Transfer]":
     """An engine on the bucket of `url`, with a bar on a terminal and lines in a pipe, both on standard error."""
     from rich.console import Console
 
@@ -185,7 +189,6 @@ def _transfer(url: str, set_: list[str] | None, title: str) -> "Iterator[Transfe
     from wmtp_worker.storage.transfer import progress_for
     from wmtp_worker.tracking.console import logging_to_console
 
-    settings = _settings(set_)
     console = Console(stderr=True)
     with (
         logging_to_console(settings.logging.level, console),
@@ -202,7 +205,7 @@ def _finish(report: "Report", as_json: bool, dry_run: bool) -> None:
         typer.echo(redact(json.dumps(_as_json(report), indent=1)))
     else:
         for action in report.actions:
-            typer.echo(redact(f"{action.kind:8}  {action.size:>15,}  {_printable(action.key)}"))
+            typer.echo(redact(f"{action.kind:8}  {action.size:>15,}  {printable(action.key)}"))
         counts = report.planned if dry_run else report.done
         did = ", ".join(f"{counts[kind]:,} {word}" for kind, word in _WORDS.items() if counts.get(kind))
         would = "would be: " if dry_run and did else ""

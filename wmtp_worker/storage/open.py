@@ -46,6 +46,7 @@ def open_url(url: str, cloud: CloudSettings, check: Callable[[], None] = lambda:
 
 def settings_of_url(url: str, cloud: CloudSettings) -> CloudSettings:
     """`cloud`, with the provider, bucket and prefix of a URL. Raises `SettingsError`."""
+    check_slashes(url)
     scheme, separator, rest = url.partition("://")
     if not separator:
         if not url or "\0" in url:
@@ -63,6 +64,14 @@ def settings_of_url(url: str, cloud: CloudSettings) -> CloudSettings:
         why = "has no bucket" if not bucket else "has more than a bucket's name in the place of the bucket"
         raise SettingsError(f"the URL {why}", where=_shown(url), fix=_fix())
     return _with(cloud, url, provider=provider, bucket=bucket, prefix=prefix)
+
+
+def check_slashes(url: str) -> None:
+    """Raise `SettingsError` for `s3:bucket` and `gs:/bucket`: they would be taken for folders of that name."""
+    scheme, colon, rest = url.partition(":")
+    if colon and scheme in _SCHEMES and not rest.startswith("//"):
+        fix = f"write {scheme}://{'/' if scheme == 'file' else ''}{rest.lstrip('/')}, or ./{url} for a folder"
+        raise SettingsError(f"{_shown(url)!r} is no URL: it lacks a slash", fix=fix)
 
 
 def _with(cloud: CloudSettings, url: str, **changes: str) -> CloudSettings:
