@@ -1,5 +1,6 @@
 """The bucket's part of the cascade, and pushes that it is pulled from."""
 
+import errno
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from wmtp_worker.assets.inventory import list_assets, verify_bucket, verify_loca
 from wmtp_worker.assets.publish import push
 from wmtp_worker.assets.resolve import dataset_folder, model_folder, tokenizer_folder
 from wmtp_worker.errors import AccessDenied, ExhaustedError, InputError, IntegrityError, PreconditionFailed
-from wmtp_worker.storage.layout import asset_name
+from wmtp_worker.storage.layout import MANIFEST, asset_name
 from wmtp_worker.storage.objects import ObjectInfo
 from wmtp_worker.storage.seal import verify_folder
 
@@ -263,6 +264,58 @@ def test_a_push_that_another_one_overtakes(transfer, model, bucket, monkeypatch,
     else:
         with pytest.raises(InputError, match="something else under this name"):
             push(transfer, model, "models", "mine")
+
+
+def test_a_snapshot_of_the_hub_is_pushed_through_its_links(settings, transfer, model, bucket, nothing, tmp_path):
+    repository = tmp_path / "hub" / "models--org--name"
+    snapshot, blobs = repository / "snapshots" / "0123", repository / "blobs"
+    snapshot.mkdir(parents=True)
+    shutil.copytree(model, blobs)
+    for name in content(model):
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).symlink_to(blobs / name)
+    before = sorted(snapshot.parent.rglob("*"))
+    done = push(transfer, snapshot, "models", "m")
+    assert done.sent
+    assert sorted(snapshot.parent.rglob("*")) == before
+    assert {name: data for name, data in content(bucket / "models" / "m").items() if name != MANIFEST} == content(model)
+    assert not push(transfer, snapshot, "models", "m").sent
+
+
+@pytest.mark.parametrize("target", ["gone", "folder"])
+def test_links_that_lead_to_no_file_are_refused_before_anything_is_written(transfer, model, bucket, tmp_path, target):
+    (tmp_path / "folder").mkdir()
+    (model / "weights").symlink_to(tmp_path / target)
+    with pytest.raises(InputError, match="weights is a link that leads to no file"):
+        push(transfer, model, "models", "m")
+    assert content(bucket) == {}
+    assert not (model / MANIFEST).exists()
+
+
+def test_links_where_no_hard_links_can_be_made(transfer, model, bucket, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").write_bytes(b"x")
+    (model / "weights").symlink_to(tmp_path / "elsewhere")
+
+    def link(*_: object) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(os, "link", link)
+    with pytest.raises(InputError, match="cp -rL"):
+        push(transfer, model, "models", "m")
+    assert content(bucket) == {}
+    assert not (model / MANIFEST).exists()
+    assert not list(model.parent.glob(".tmp-push-*"))
+
+
+@pytest.mark.parametrize("manifest", [b"{broken", b"[]", b""])
+def test_a_damaged_manifest_in_the_bucket_can_be_replaced(transfer, model, bucket, manifest):
+    push(transfer, model, "models", "m")
+    (bucket / "models" / "m" / MANIFEST).write_bytes(manifest)
+    with pytest.raises(IntegrityError, match="--replace"):
+        push(transfer, model, "models", "m")
+    assert push(transfer, model, "models", "m", replace=True).sent
+    assert (bucket / "models" / "m" / MANIFEST).read_bytes() == (model / MANIFEST).read_bytes()
+    assert not (bucket / "models" / "m" / ".pushing").exists()
 
 
 def test_a_new_file_is_not_left_behind_silently(transfer, model):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -97,6 +98,15 @@ def test_ls_for_people(command, folder_bucket, model, tmp_path):
         ["datasets", "here", "0.0 MB, no digests", "-"],
         ["models", "my-model", "-", "0.0 MB, digests recorded"],
     ]
+
+
+def test_odd_characters_do_not_reach_the_terminal(command, folder_bucket):
+    folder = Path(folder_bucket["WMTP_CLOUD__BUCKET"]) / "models" / "\x1b[31mred"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_bytes(b"{}")
+    shown = command("assets", "ls", **folder_bucket).stdout
+    assert "\x1b" not in shown
+    assert "\\x1b[31mred" in shown
 
 
 def test_a_damaged_side_ends_with_78(command, folder_bucket, model, directory_server):

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wmtp_worker.assets.fetch import PUSHING
+from wmtp_worker.assets.links import own_files
 from wmtp_worker.errors import InputError, IntegrityError, PreconditionFailed
 from wmtp_worker.storage.layout import MANIFEST, AssetKind, asset_name, asset_prefix
+from wmtp_worker.storage.objects import ObjectStore
 from wmtp_worker.storage.seal import Seal, seal_folder, verify_folder
 from wmtp_worker.storage.sealed import push_sealed, read_seal
 from wmtp_worker.storage.transfer import Transfer
@@ -29,22 +31,28 @@ def push(transfer: Transfer, folder: Path, kind: AssetKind, name: str, *, replac
     """Put a local folder into the bucket as `models/<name>` or `datasets/<name>`; hidden files stay here.
 
     The digests of its files are recorded first, in its `manifest.json`, which is sent last: before that, nobody takes
-    the folder for a whole one. Raises `InputError` where the folder is none of that kind or was changed since its
+    the folder for a whole one. Links to files, as in the hub's cache, stand for these. Raises `InputError`
+    where the folder is none of that kind or was changed since its
     digests were recorded, and where, without `replace`, the bucket has something else under the name.
     """
     stored = asset_name(name)
     if stored is None:
         fix = "use letters and digits, then also '.', '_' and '-', or the hub's org/name"
         raise InputError(f"{name!r} is no name for a folder in the bucket", fix=fix)
+    with own_files(folder) as own:
+        return _push(transfer, own, kind, stored, replace=replace)
+
+
+def _push(transfer: Transfer, folder: Path, kind: AssetKind, stored: str, *, replace: bool) -> Pushed:
     seal = _seal(folder, kind)
     prefix = asset_prefix(kind, stored)
     store = transfer.store
     url = f"{store.url}/{prefix}"
-    published = read_seal(store, prefix)
+    published = _published(store, prefix, replace=replace)
     if published is None and not replace:
         _check_room_for(transfer, prefix, seal)
     # until the manifest is there, this tells a push from a folder that other tools made
-    if published is None or published[0] != seal:
+    if published != seal:
         if published is not None and not replace:
             raise _taken(url)
         store.put(prefix + PUSHING, b"")
@@ -52,12 +60,22 @@ def push(transfer: Transfer, folder: Path, kind: AssetKind, name: str, *, replac
         sent = push_sealed(transfer, folder, prefix, replace=replace)
     except PreconditionFailed as error:
         # somebody else's push came between; of the same files it is as good as ours
-        winner = read_seal(store, prefix)
-        if winner is None or winner[0] != seal:
+        if _published(store, prefix, replace=replace) != seal:
             raise _taken(url) from error
         sent = True
     store.delete(prefix + PUSHING)
     return Pushed(stored, url, len(seal.files), seal.bytes, sent)
+
+
+def _published(store: ObjectStore, prefix: str, *, replace: bool) -> Seal | None:
+    """What the bucket has under the name; None also for a manifest that cannot be read and may be replaced."""
+    try:
+        published = read_seal(store, prefix)
+    except IntegrityError as error:
+        if replace:
+            return None
+        raise IntegrityError(error.what, where=error.where, fix="add --replace to push it anew") from error
+    return None if published is None else published[0]
 
 
 def _seal(folder: Path, kind: AssetKind) -> Seal:

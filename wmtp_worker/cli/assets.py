@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from wmtp_worker.cli.options import Json, Set
+from wmtp_worker.cli.text import printable
 
 if TYPE_CHECKING:
     from wmtp_worker.assets.inventory import Finding, Holding
@@ -99,7 +100,7 @@ def verify(
         _echo(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
     else:
         for finding in findings:
-            _echo(f"{finding.status:13} {finding.place}{_detail(finding)}")
+            _echo(printable(f"{finding.status:13} {finding.place}{_detail(finding)}"))
     states = {finding.status for finding in findings}
     if "damaged" in states or "verified" not in states:
         raise typer.Exit(WRONG)
@@ -124,7 +125,7 @@ def ls(set_: Set = None, as_json: Json = False) -> None:
 
     table = Table("kind", "name", "here", "in the bucket")
     for item in items:
-        table.add_row(item.kind, escape(redact(item.name)), _side(item.local), _side(item.bucket))
+        table.add_row(item.kind, escape(printable(redact(item.name))), _side(item.local), _side(item.bucket))
     Console().print(table)
 
 
@@ -144,7 +145,7 @@ def _detail(finding: "Finding") -> str:
 def _echo(text: str) -> None:
     from wmtp_worker.redact import redact
 
-    typer.echo(redact(text))
+    typer.echo("\n".join(map(printable, redact(text).split("\n"))))
 
 
 @contextmanager
