@@ -21,9 +21,10 @@ from wmtp_worker.errors import (
     BucketNotFound,
     ObjectNotFound,
     SettingsError,
+    StorageError,
     TransientError,
 )
-from wmtp_worker.storage import http
+from wmtp_worker.storage import azure_copy, http
 from wmtp_worker.storage.azure import _in_order
 from wmtp_worker.storage.azure_upload import MOST_BLOCKS
 
@@ -331,6 +332,45 @@ class Test_answers:
         )
         direct.copy("key", "copy")
         assert direct.head("copy").sha256 == sha256(b"x")
+
+    @pytest.mark.parametrize("size", [1000, 1001, 2500])
+    def test_a_copy_into_an_encryption_scope(self, azure_server, direct, opened, monkeypatch, size):
+        # Azurite knows no scopes, and cannot stage a block from an address: both are played here
+        calls, data = [], os.urandom(size)
+
+        def start(new, url, **options):
+            calls.append(("copy", options.pop("encryption_scope"), options["requires_sync"]))
+            return copy_from_url(new, url, **options)
+
+        def stage(new, name, url, offset, length, **options):
+            calls.append(("block", options["encryption_scope"], length))
+            assert "sig=" in url
+            new.stage_block(name, BlobClient.from_blob_url(url).download_blob(offset, length).readall())
+
+        def commit(new, blocks, **options):
+            return commit_blocks(new, blocks, metadata=options["metadata"])
+
+        copy_from_url, commit_blocks = BlobClient.start_copy_from_url, BlobClient.commit_block_list
+        direct.put("key", data)
+        for name, played in (("start_copy_from_url", start), ("stage_block_from_url", stage)):
+            monkeypatch.setattr(BlobClient, name, played)
+        monkeypatch.setattr(BlobClient, "commit_block_list", commit)
+        monkeypatch.setattr(azure_copy, "_AT_ONCE", 1000)
+        monkeypatch.setattr(azure_copy, "_BLOCK", 1000)
+        store = opened(azure_server, prefix=direct.url.rpartition("/")[2], kms_key="scope")
+        store.copy("key", "other")
+        blocks = [("block", "scope", min(1000, size - start)) for start in range(0, size, 1000)]
+        assert calls == ([("copy", "scope", True)] if size == 1000 else blocks)
+        assert bytes(direct.get("other")[1]) == data
+        assert direct.head("other").sha256 == sha256(data)
+
+    @pytest.mark.parametrize("code", ["SnapshotsPresent", "InvalidBlobType", "BlobArchived"])
+    def test_a_conflict_that_never_passes_is_no_transient_one(self, store, proxy, code):
+        body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>no</Message></Error>"
+        proxy.answer(409, body=body, headers=f"x-ms-error-code: {code}\r\n")
+        with pytest.raises(StorageError, match=code) as caught:
+            store.put("key", b"x")
+        assert not isinstance(caught.value, TransientError)
 
     def test_a_certificate_that_is_not_trusted(self):
         inner = ssl.SSLCertVerificationError(1, "self-signed certificate")

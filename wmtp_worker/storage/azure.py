@@ -7,7 +7,6 @@ made from blocks.
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -20,6 +19,7 @@ from azure.storage.blob import BlobClient, BlobProperties, ContainerClient
 from wmtp_worker.errors import BucketNotFound, ObjectNotFound, PreconditionFailed, TransientError, WorkerError
 from wmtp_worker.settings.schema import CloudSettings
 from wmtp_worker.storage.azure_client import open_client
+from wmtp_worker.storage.azure_copy import copy
 from wmtp_worker.storage.azure_errors import is_ambiguous, no_container, translate
 from wmtp_worker.storage.azure_upload import BlockUpload
 from wmtp_worker.storage.keys import check_copy, check_key, check_path
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 _PAGE = 5000
-_COPY_POLL_SECONDS = 0.2
-_COPY_SECONDS = 600.0
 _BEYOND_THE_END = 416
 
 
@@ -145,15 +143,7 @@ class AzureStore:
         """See `ObjectStore`."""
         with self._errors("copy", source) as where:
             check_copy(source, target, self._where("copy", target))
-            old, new = self._blob(source), self._blob(target)
-            scope = {**self._options, "requires_sync": True} if self._options else {}
-            status: Any = new.start_copy_from_url(old.url, **scope)["copy_status"]
-            until = time.monotonic() + _COPY_SECONDS
-            while status == "pending" and time.monotonic() < until:
-                time.sleep(_COPY_POLL_SECONDS)
-                status = new.get_blob_properties().copy.status
-            if status != "success":
-                raise TransientError(f"the copy is {status}", where=where)
+            copy(self._blob(source), self._blob(target), self._client.credential, self._options, where)
 
     def delete(self, key: str, *, if_version: str | None = None) -> None:
         """See `ObjectStore`."""

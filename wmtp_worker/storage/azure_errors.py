@@ -25,6 +25,20 @@ _CHANGED = ("BlobAlreadyExists", "ConditionNotMet", "TargetConditionNotMet", "So
 _DAMAGED = ("Md5Mismatch", "Crc64Mismatch")
 # blocks that were there are not any more: another commit of the blob throws them away
 _PARTS_GONE = ("InvalidBlockList", "InvalidBlobOrBlock")
+# conflicts with what the blob is, which no waiting ends
+_LASTING = (
+    "SnapshotsPresent",
+    "InvalidBlobType",
+    "UnauthorizedBlobOverwrite",
+    "BlobArchived",
+    "BlobBeingRehydrated",
+    "FeatureVersionMismatch",
+    "SnapshotCountExceeded",
+    "BlockCountExceedsLimit",
+    "DirectoryNotEmpty",
+    "PathConflict",
+    "ResourceTypeMismatch",
+)
 _CLOCK = "Request date header"
 
 
@@ -76,6 +90,9 @@ def _of_answer(error: HttpResponseError, where: str) -> StorageError:
         return _denied(error, says, where)
     if code in _DAMAGED or (status == 400 and "md5" in says.lower()):
         return TransientError("the bytes changed on the way", where=where)
+    if code in _LASTING:
+        fix = "change the blob in Azure: its snapshots, tier or kind stand in the way"
+        return StorageError(f"the server refused it: {says}", where=where, fix=fix)
     if status in (408, 409, 429) or status >= 500:
         return TransientError(says, where=where)
     return StorageError(f"the server refused it: {says}", where=where, fix="correct the settings of cloud")

@@ -107,5 +107,10 @@ class BlockUpload:
             self._chosen[number] = (name, memoryview(data).nbytes)
 
 
+def block_name(number: int, digest: str) -> str:
+    """The name of a block whose content has, or comes from what has, that SHA-256."""
+    return f"{number:0{_NUMBER}}-{digest[:_DIGEST]}"
+
+
 def _name(number: int, data: Buffer) -> str:
-    return f"{number:0{_NUMBER}}-{hashlib.sha256(data).hexdigest()[:_DIGEST]}"
+    return block_name(number, hashlib.sha256(data).hexdigest())
