@@ -1,8 +1,11 @@
 """What is S3's own: trust, endpoints, credentials, encryption, checksums, unfinished uploads, faults of the way."""
 
 import hashlib
+import json
 import os
 import socket
+import subprocess
+import sys
 import time
 from datetime import timedelta
 
@@ -259,17 +262,38 @@ class Test_settings:
             assert "x-amz-server-side-encryption: aws:kms" in said
             assert "x-amz-server-side-encryption-aws-kms-key-id: the-key" in said
 
-    @pytest.mark.parametrize("encrypted", [True, False])
-    def test_etags_of_a_bucket_that_encrypts_with_kms_are_no_md5(self, proxied, encrypted):
+    @pytest.mark.parametrize("encrypted", ["aws:kms", "aws:kms:dsse", "AES256", None])
+    def test_etags_of_what_is_encrypted_with_kms_are_no_md5(self, proxied, encrypted):
         store, proxy = proxied()
         store.put("key", b"x")
         facts = "Last-Modified: Thu, 01 Jan 2026 00:00:00 GMT\r\n"
         facts += f'ETag: "{hashlib.md5(b"x").hexdigest()}"\r\n'
-        facts += "x-amz-server-side-encryption: aws:kms\r\n" if encrypted else ""
+        facts += f"x-amz-server-side-encryption: {encrypted}\r\n" if encrypted else ""
         proxy.answer(200, body="", headers=facts, match="^HEAD")
-        (listed,) = store.list()
-        assert listed.md5 == (None if encrypted else hashlib.md5(b"x").hexdigest())
+        assert store.head("key").md5 == (hashlib.md5(b"x").hexdigest() if encrypted in ("AES256", None) else None)
         assert proxy.pending == 0
+        # a listing does not tell how each is encrypted
+        (listed,) = store.list()
+        assert listed.md5 is None
+
+    def test_no_session_token_in_logs(self, s3_server):
+        program = (
+            "import logging, sys; logging.basicConfig(level=logging.DEBUG, stream=sys.stdout)\n"
+            "from wmtp_worker.settings import CloudSettings\n"
+            "from wmtp_worker.storage.open import open_store\n"
+            "store = open_store(CloudSettings.model_validate_json(sys.argv[1]))\n"
+            "for call in (lambda: store.head('x'), lambda: store.put('x', b'1')):\n"
+            "    try: call()\n"
+            "    except Exception as error: print('ERROR', error)\n"
+        )
+        cloud = load(preset="smoke", environ={}).cloud.model_dump() | {"patience": 0}
+        cloud |= {"provider": "s3", "bucket": s3_server.make_bucket(), "endpoint_url": s3_server.endpoint}
+        environ = os.environ | s3_server.environ | {"AWS_SESSION_TOKEN": "p1anted-session-token"}
+        done = subprocess.run(
+            [sys.executable, "-c", program, json.dumps(cloud)], env=environ, capture_output=True, text=True, timeout=60
+        )
+        assert "ERROR" in done.stdout
+        assert "p1anted-session-token" not in done.stdout + done.stderr
 
     def test_no_bucket(self):
         cloud = load(preset="smoke", environ={}).cloud.model_copy(update={"provider": "s3"})

@@ -14,7 +14,6 @@ import botocore.exceptions
 import obstore
 
 from wmtp_worker.errors import (
-    AccessDenied,
     ObjectNotFound,
     PreconditionFailed,
     SettingsError,
@@ -61,7 +60,6 @@ class S3Store:
         self._prefix = f"{cloud.prefix}/" if cloud.prefix else ""
         # sha256 until a server refuses it, if it may be something else
         self._checksum = cloud.checksum
-        self._etags_are_md5: bool | None = False if cloud.sse == "aws:kms" else None
         self._clients = S3Clients(cloud, bucket, self.url)
 
     @property
@@ -92,9 +90,10 @@ class S3Store:
             except botocore.exceptions.ClientError as error:
                 raise self._bodiless(error, key) from error
         etag = _bare(said["ETag"])
-        kms = said.get("ServerSideEncryption", "").startswith("aws:kms") or "SSECustomerAlgorithm" in said
         digest = said["Metadata"].get(DIGEST)
-        md5 = None if kms else _as_md5(etag)
+        # with keys of KMS or the customer's it looks like one too
+        plain = said.get("ServerSideEncryption", "AES256") == "AES256" and "SSECustomerAlgorithm" not in said
+        md5 = etag if plain and _MD5.fullmatch(etag) else None
         return ObjectInfo(key, said["ContentLength"], etag, digest, md5, said["LastModified"])
 
     def _bodiless(self, error: botocore.exceptions.ClientError, key: str) -> Exception:
@@ -121,20 +120,9 @@ class S3Store:
                 yield self._listed(entry)
 
     def _listed(self, entry: Mapping[str, Any]) -> ObjectInfo:
-        key, etag = entry["Key"][len(self._prefix) :], _bare(entry["ETag"])
-        md5 = _as_md5(etag)
-        if md5 is not None and not self._are_md5(key):
-            md5 = None
-        return ObjectInfo(key, entry["Size"], etag, None, md5, entry["LastModified"])
-
-    def _are_md5(self, key: str) -> bool:
-        """Whether ETags that look like MD5 are: not where the bucket encrypts with KMS. Asks once."""
-        if self._etags_are_md5 is None:
-            try:
-                self._etags_are_md5 = self.head(key).md5 is not None
-            except (ObjectNotFound, AccessDenied):
-                return False
-        return self._etags_are_md5
+        # whether the ETag is an MD5 depends on each object's encryption, which listings leave out
+        key = entry["Key"][len(self._prefix) :]
+        return ObjectInfo(key, entry["Size"], _bare(entry["ETag"]), modified=entry["LastModified"])
 
     def get(
         self, key: str, start: int = 0, length: int | None = None, version: str | None = None
@@ -196,7 +184,7 @@ class S3Store:
                     lambda: self._put_with_obstore(key, data, digest),
                     lambda: self._put_with_boto3(key, data, digest, {}),
                 )
-        return ObjectInfo(key, size, etag, digest, None if self._etags_are_md5 is False else _as_md5(etag))
+        return ObjectInfo(key, size, etag, digest)
 
     def _put_with_obstore(self, key: str, data: Buffer, digest: str) -> str:
         result = obstore.put(
@@ -354,7 +342,3 @@ class S3Store:
 
 def _bare(etag: str) -> str:
     return etag.strip('"')
-
-
-def _as_md5(etag: str) -> str | None:
-    return etag if _MD5.fullmatch(etag) else None

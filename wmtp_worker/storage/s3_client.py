@@ -6,6 +6,7 @@ and time-outs, and neither tries anything again.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable
@@ -83,6 +84,9 @@ class S3Clients:
         with self._lock:
             if self._objects is not None:
                 return
+            # at their lowest levels they log requests, session tokens and all
+            for name in ("boto3", "botocore", "s3transfer", "urllib3"):
+                logging.getLogger(name).setLevel(logging.INFO)
             try:
                 core = botocore.session.Session()
                 core.register_component("data_loader", _MODELS)
