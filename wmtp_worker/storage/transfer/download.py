@@ -17,6 +17,7 @@ from wmtp_worker.storage.transfer.limits import Heed
 from wmtp_worker.storage.transfer.locks import file_lock
 from wmtp_worker.storage.transfer.means import Means, Sent, can_go_on
 from wmtp_worker.storage.transfer.partial import Partial
+from wmtp_worker.storage.transfer.paths import shown
 from wmtp_worker.storage.transfer.pool import Group
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ _ARRIVALS = 3
 
 def place_of(staging: Path, relative: str) -> Path:
     """Where a download to `relative` keeps its temporaries: the same for every process, however long the name."""
-    return staging / hashlib.sha256(relative.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    return staging / hashlib.sha256(relative.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 def download_small(
@@ -178,7 +179,8 @@ def _part(means: Means, info: ObjectInfo, start: int, length: int) -> "Buffer":
     _, data = means.store.get(info.key, start, length, info.version)
     if memoryview(data).nbytes != length:
         raise TransientError(
-            f"{memoryview(data).nbytes} bytes came instead of {length}", where=f"get {means.store.url}/{info.key}"
+            f"{memoryview(data).nbytes} bytes came instead of {length}",
+            where=shown(f"get {means.store.url}/{info.key}"),
         )
     return data
 
@@ -206,15 +208,14 @@ def _write(path: str, temporary: str, data: "Buffer", digest: str, means: Means,
                 written, size = 0, memoryview(data).nbytes
                 while written < size:
                     written += os.write(descriptor, memoryview(data)[written:] if written else data)
-                stamp = Stamp.of(os.fstat(descriptor))
                 if durable:
                     os.fsync(descriptor)
+                    publish(Path(temporary), Path(path))
+                else:
+                    os.replace(temporary, path)
+                stamp = Stamp.of(os.fstat(descriptor))  # a rename counts as a change, too
             finally:
                 os.close(descriptor)
-            if durable:
-                publish(Path(temporary), Path(path))
-            else:
-                os.replace(temporary, path)
         except BaseException:
             with suppress(FileNotFoundError):
                 os.unlink(temporary)
@@ -229,6 +230,6 @@ def _damaged(means: Means, info: ObjectInfo, expected: str | None) -> IntegrityE
     wanted = expected or info.sha256 or info.md5
     return IntegrityError(
         f"what arrives is not the content whose digest is {wanted}",
-        where=f"get {means.store.url}/{info.key}",
+        where=shown(f"get {means.store.url}/{info.key}"),
         fix="upload the object again from a good copy",
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from wmtp_worker.errors import InputError
+from wmtp_worker.errors import InputError, StorageError
 from wmtp_worker.storage.atomic import disk_errors
 from wmtp_worker.storage.objects import ObjectInfo, ObjectStore
 from wmtp_worker.storage.transfer.download import STAGING, download_large, download_small, is_there, place_of
@@ -14,7 +14,8 @@ from wmtp_worker.storage.transfer.journal import Journal
 from wmtp_worker.storage.transfer.limits import Bandwidth, MemoryBudget
 from wmtp_worker.storage.transfer.locks import file_lock
 from wmtp_worker.storage.transfer.means import Means
-from wmtp_worker.storage.transfer.paths import reading
+from wmtp_worker.storage.transfer.partial import SMALL
+from wmtp_worker.storage.transfer.paths import check_apart, reading, shown
 from wmtp_worker.storage.transfer.pool import Pool
 from wmtp_worker.storage.transfer.progress import Progress, Silent
 from wmtp_worker.storage.transfer.report import Report
@@ -49,6 +50,7 @@ class Transfer:
         part_size: int = PART_SIZE,
     ) -> None:
         self._check = check
+        self._closed = False
         self._state = state
         self._large = Pool(min(_LARGE_AT_ONCE, concurrency), "transfer-large")
         self._means = Means(
@@ -70,12 +72,13 @@ class Transfer:
         """Make the object `key` of a file. Atomic; a killed upload of a large file goes on where it was.
 
         `sha256` is the digest the file must have. Raises `InputError` where the file cannot be read or does not hold
-        still, `IntegrityError` where it has another digest.
+        still, `IntegrityError` where it has another digest. A file that only grows is taken as it was at first.
         """
+        self._begin()
         with reading(path):
             size = path.stat().st_size
         if not path.is_file():
-            raise InputError(f"{path} is no regular file", fix="name a file")
+            raise InputError(f"{shown(str(path))} is no regular file", fix="name a file")
         progress = self._means.progress
         progress.start(size)
         try:
@@ -95,6 +98,7 @@ class Transfer:
         processes that download to one path one does it. An interrupted download goes on where it was; its parts wait
         in a hidden folder beside the target. Raises `ObjectNotFound`, `IntegrityError`, `DiskFullError`.
         """
+        self._begin()
         means, path = self._means, path.absolute()
         info = means.store.head(key)
         means.progress.start(info.size)
@@ -105,7 +109,7 @@ class Transfer:
                 return info
             with file_lock(place.with_name(f"{place.name}.lock"), self._check):
                 if not is_there(means, info, path, sha256, self._check):
-                    temporary = place.with_name(f"{place.name}.small")
+                    temporary = place.with_name(f"{place.name}{SMALL}")
                     info, _ = download_small(means, info, str(path), str(temporary), sha256, self._check, durable=True)
                 return info
         finally:
@@ -125,10 +129,13 @@ class Transfer:
         """Make the objects under `prefix` those of the folder: what differs by size or digest is uploaded.
 
         `delete` also removes objects that are not in the folder (and take part: see `include`, `exclude`). Trouble with
-        one file is in the report's `failed`; trouble with the bucket, the network or the disk is raised.
+        one file is in the report's `failed`; trouble with the bucket, the network or the disk is raised. Nothing is
+        deleted where the folder, or one in it, vanishes meanwhile: that is an error.
         """
+        self._begin(dry_run)
         if not folder.is_dir():
-            raise InputError(f"there is no folder {folder}", fix="name a folder that exists")
+            raise InputError(f"there is no folder {shown(str(folder))}", fix="name a folder that exists")
+        check_apart(folder, self._means.store.url, prefix)
         work = Push(self._means, self._large, self._check, folder, prefix, include, exclude, delete, dry_run)
         return work.run(avoid=self._state)
 
@@ -147,9 +154,11 @@ class Transfer:
         Each file appears whole or not at all. Files are not forced to the disk one by one: after a crash of the machine
         itself (not of the process) some may be lost. One process at a time pulls into a folder; another one waits.
         """
+        self._begin(dry_run)
         folder = folder.absolute()
         if folder.exists() and not folder.is_dir():
-            raise InputError(f"{folder} is no folder", fix="name a folder")
+            raise InputError(f"{shown(str(folder))} is no folder", fix="name a folder")
+        check_apart(folder, self._means.store.url, prefix)
         work = Pull(self._means, self._large, self._check, folder, prefix, include, exclude, delete, dry_run)
         if dry_run:
             return work.run(avoid=self._state)
@@ -163,15 +172,23 @@ class Transfer:
 
         What differs, or is on one side only, is in the report's `failed`. An object without a recorded digest is read.
         """
+        self._begin()
         if not folder.is_dir():
-            raise InputError(f"there is no folder {folder}", fix="name a folder that exists")
+            raise InputError(f"there is no folder {shown(str(folder))}", fix="name a folder that exists")
+        check_apart(folder, self._means.store.url, prefix)
         return Verify(self._means, self._large, self._check, folder, prefix).run(avoid=self._state)
 
     def close(self) -> None:
-        """End the threads and close the journal; the store stays open."""
+        """End the threads and close the journal; the store stays open. Nothing can be transferred afterwards."""
+        self._closed = True
         self._large.close()
         self._means.requests.close()
         self._means.journal.close()
+
+    def _begin(self, dry_run: bool = False) -> None:
+        if self._closed:
+            raise StorageError("nothing can be transferred any more: it was closed", fix="make another Transfer")
+        self._means.journal.open(make=not dry_run)
 
     def __enter__(self) -> Self:
         return self

@@ -4,7 +4,8 @@ import functools
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from wmtp_worker.errors import InputError, IntegrityError, ObjectNotFound, PreconditionFailed, WorkerError
@@ -17,7 +18,7 @@ from wmtp_worker.storage.transfer.limits import Heed
 from wmtp_worker.storage.transfer.locks import try_lock
 from wmtp_worker.storage.transfer.means import Means
 from wmtp_worker.storage.transfer.partial import remove
-from wmtp_worker.storage.transfer.paths import check_key, reading, safe_path, selector
+from wmtp_worker.storage.transfer.paths import check_key, reading, safe_path, selector, shown
 from wmtp_worker.storage.transfer.plan import Local, Pair, join, listing, walk
 from wmtp_worker.storage.transfer.pool import Group, Pool
 from wmtp_worker.storage.transfer.report import Action, Kind, Report
@@ -60,8 +61,10 @@ class _Folder:
         try:
             with Group(self.means.requests, self._check) as group:
                 self.group = group
-                for pair in self._pairs(avoid):
-                    self.decide(pair)
+                with closing(self._pairs(avoid)) as pairs:
+                    for pair in pairs:
+                        self.decide(pair)
+                self.conclude()
         finally:
             self.report.seconds = time.monotonic() - started
             self.means.progress.finish()
@@ -70,6 +73,9 @@ class _Folder:
 
     def decide(self, pair: Pair) -> None:
         raise NotImplementedError
+
+    def conclude(self) -> None:
+        """What is left to do once the plan is complete."""
 
     def act(self, kind: Kind, key: str, size: int, action: Callable[[], int | None]) -> None:
         """Plan an action and run it here and now; it returns the bytes that travelled, if it moves a file."""
@@ -87,24 +93,36 @@ class _Folder:
         """Run `task` in the pool for files of this size."""
         self.group.submit(task, self._large if size > self.means.part_size else None)
 
-    def _pairs(self, avoid: Path) -> Iterator[Pair]:
+    def _pairs(self, avoid: Path) -> Generator[Pair]:
         remotes = listing(self.means.store.list(self.prefix), self.prefix, self._wanted)
-        for number, pair in enumerate(join(walk(self.folder, self._wanted, avoid), remotes)):
-            if not number % 64:
-                self._check()
-                self.group.heed()
-            yield pair
+        # who takes a file that cannot be seen for one that is gone deletes its only copy
+        strict = self._delete and isinstance(self, Push)
+        with closing(walk(self.folder, self._wanted, avoid, strict=strict)) as locals_:
+            for number, pair in enumerate(join(locals_, remotes)):
+                if not number % 64:
+                    self._check()
+                    self.group.heed()
+                yield pair
 
 
 class Push(_Folder):
-    """From the folder to the bucket."""
+    """From the folder to the bucket. Nothing is deleted before the whole folder was seen and all is uploaded."""
+
+    def run(self, avoid: Path) -> Report:
+        self._surplus: dict[str, ObjectInfo] = {}
+        return super().run(avoid)
 
     def decide(self, pair: Pair) -> None:
         local, remote = pair.local, pair.remote
         if local is None:
             if self._delete and remote is not None:
-                self.later(0, functools.partial(self.act, "delete", pair.key, remote.size, self._remover(remote.key)))
+                if self._dry_run:
+                    self._remove(pair.key, remote)
+                else:
+                    self._surplus[pair.key] = remote
             return
+        if self._surplus:
+            self._make_way(local.key)
         if remote is not None:
             known = differs(self.means, local, remote)
             if known is False:
@@ -131,8 +149,20 @@ class Push(_Folder):
 
         self.act("upload", local.key, local.stamp.size, upload)
 
-    def _remover(self, key: str) -> Callable[[], None]:
-        return lambda: self.means.store.delete(key)
+    def conclude(self) -> None:
+        if self._surplus:
+            self.group.wait()
+        for key, remote in self._surplus.items():
+            self.later(0, functools.partial(self._remove, key, remote))
+
+    def _make_way(self, key: str) -> None:
+        """Remove an object in whose place there is a folder now: a store of files cannot have both."""
+        while key := key.rpartition("/")[0]:
+            if remote := self._surplus.pop(key, None):
+                self._remove(key, remote)
+
+    def _remove(self, key: str, remote: ObjectInfo) -> None:
+        self.act("delete", key, remote.size, lambda: self.means.store.delete(remote.key))
 
 
 class Pull(_Folder):
@@ -144,14 +174,16 @@ class Pull(_Folder):
         self._emptied: set[Path] = set()
         self._staging = self.folder / STAGING
         self._base = f"{self.folder}/"
-        self._sweep("p-*")
+        if self._dry_run:
+            return super().run(avoid)
+        self._sweep()
         try:
             report = super().run(avoid)
             self._remove_empty()
         finally:
-            self._sweep("p-*")
-        if not report.failed and not self._dry_run:
-            self._sweep("*.data")
+            self._sweep()
+        if not report.failed:
+            self._sweep_beginnings()
         return report
 
     def decide(self, pair: Pair) -> None:
@@ -218,15 +250,17 @@ class Pull(_Folder):
                     break
                 folder = folder.parent
 
-    def _sweep(self, pattern: str) -> None:
+    def _sweep(self) -> None:
         """Remove what an earlier, killed pull left; only called while no other one can be at it."""
-        for path in self._staging.glob(pattern):
-            if path.suffix != ".data":
-                path.unlink(missing_ok=True)
-                continue
-            with try_lock(path.with_suffix(".lock")) as free:
+        for path in self._staging.glob("p-*"):
+            path.unlink(missing_ok=True)
+
+    def _sweep_beginnings(self) -> None:
+        """Remove what killed downloads left, unless somebody is at it again."""
+        for place in {path.with_suffix("") for path in self._staging.glob("*.*")}:
+            with try_lock(place.with_name(f"{place.name}.lock")) as free:
                 if free:
-                    remove(path.with_suffix(""))
+                    remove(place)
 
 
 class Verify(_Folder):
@@ -261,6 +295,8 @@ class Verify(_Folder):
 
     def _differs(self, key: str, what: str) -> None:
         error: WorkerError = IntegrityError(
-            f"{key} {what}", where=f"verify {self.means.store.url}/{self.prefix}{key}", fix="push or pull it again"
+            f"{shown(key)} {what}",
+            where=shown(f"verify {self.means.store.url}/{self.prefix}{key}"),
+            fix="push or pull it again",
         )
         self.report.fail(key, error)

@@ -14,44 +14,45 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from wmtp_worker.storage.atomic import disk_errors
-
 LOG = logging.getLogger(__name__)
 NAME = "journal.sqlite"
-_VERSION = 1
+_VERSION = 2
 _BATCH = 512
 _KEEP_SECONDS = 60 * 86400
 # a file changed twice within one tick of its file system's clock looks unchanged
 _TICK_NS = 50_000_000
 _COARSE_TICK_NS = 2_500_000_000
 _SCHEMA = f"""
-CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, size INT, mtime INT, inode INT, sha256 TEXT, written INT)
-    WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS objects (url TEXT, key TEXT, version TEXT, sha256 TEXT, written INT, PRIMARY KEY (url, key))
-    WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS uploads (url TEXT, key TEXT, sha256 TEXT, token TEXT, written INT, PRIMARY KEY (url, key))
-    WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS files (
+    path BLOB PRIMARY KEY, size INT, mtime INT, ctime INT, inode INT, sha256 TEXT, written INT) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS objects (
+    url BLOB, key BLOB, version TEXT, sha256 TEXT, written INT, PRIMARY KEY (url, key)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS uploads (
+    url BLOB, key BLOB, sha256 TEXT, token TEXT, written INT, PRIMARY KEY (url, key)) WITHOUT ROWID;
 PRAGMA user_version = {_VERSION};
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """What tells a changed file from an unchanged one without reading it."""
+    """What tells a changed file from an unchanged one without reading it. The time of the last change of anything
+    (ctime) is there because it cannot be put back."""
 
     size: int
     mtime_ns: int
+    ctime_ns: int
     inode: int
 
     @staticmethod
     def of(status: os.stat_result) -> "Stamp":
-        return Stamp(status.st_size, status.st_mtime_ns, status.st_ino)
+        return Stamp(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
     @property
     def settled(self) -> bool:
         """Whether a later change would show: the last one is longer ago than a tick of the clock."""
-        coarse = self.mtime_ns % 1_000_000_000 == 0
-        return time.time_ns() - self.mtime_ns > (_COARSE_TICK_NS if coarse else _TICK_NS)
+        last = max(self.mtime_ns, self.ctime_ns)
+        coarse = last % 1_000_000_000 == 0
+        return time.time_ns() - last > (_COARSE_TICK_NS if coarse else _TICK_NS)
 
 
 _Row = tuple[object, ...]
@@ -59,17 +60,26 @@ _Rows = Sequence[_Row]
 
 
 class Journal:
-    """Look-ups and notes; all may be called from any thread. Notes are written in batches, and by `flush`."""
+    """Look-ups and notes; all may be called from any thread. Notes are written in batches, and by `flush`.
+
+    Before `open` nothing is known, and nothing is kept.
+    """
 
     def __init__(self, folder: Path, url: str) -> None:
-        self._url = url
+        self._url = _bytes(url)
         self._lock = threading.Lock()
         self._files: dict[str, tuple[Stamp, str]] = {}
         self._objects: dict[str, tuple[str, str]] = {}
-        with disk_errors(folder):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._path = folder / NAME
-        self._database = self._open()
+        self._database: sqlite3.Connection | None = None
+        self._opened = False
+
+    def open(self, *, make: bool = True) -> None:
+        """Use the file; where there is none it is made with its folder, unless `make` is false. Done once."""
+        with self._lock:
+            if not self._opened and (make or self._path.exists()):
+                self._opened = True
+                self._database = self._open()
 
     def file_digest(self, path: Path | str, stamp: Stamp) -> str | None:
         """The SHA-256 of the file as it was when it had this stamp."""
@@ -77,8 +87,8 @@ class Journal:
         with self._lock:
             if noted := self._files.get(name):
                 return noted[1] if noted[0] == stamp else None
-            row = self._one("SELECT size, mtime, inode, sha256 FROM files WHERE path = ?", name)
-        return str(row[3]) if row and row[:3] == (stamp.size, stamp.mtime_ns, stamp.inode) else None
+            row = self._one("SELECT size, mtime, ctime, inode, sha256 FROM files WHERE path = ?", _bytes(name))
+        return str(row[4]) if row and row[:4] == _columns(stamp) else None
 
     def note_file(self, path: Path | str, stamp: Stamp, sha256: str, *, ours: bool = False) -> None:
         """Remember a digest, unless the file may yet change unnoticed; `ours`: nobody else writes it."""
@@ -92,7 +102,7 @@ class Journal:
         with self._lock:
             if noted := self._objects.get(key):
                 return noted[1] if noted[0] == version else None
-            row = self._one("SELECT version, sha256 FROM objects WHERE url = ? AND key = ?", self._url, key)
+            row = self._one("SELECT version, sha256 FROM objects WHERE url = ? AND key = ?", self._url, _bytes(key))
         return str(row[1]) if row and row[0] == version else None
 
     def note_object(self, key: str, version: str, sha256: str) -> None:
@@ -104,7 +114,7 @@ class Journal:
     def upload(self, key: str, sha256: str) -> Mapping[str, str] | None:
         """The token of an unfinished upload of this content to this key."""
         with self._lock:
-            row = self._one("SELECT sha256, token FROM uploads WHERE url = ? AND key = ?", self._url, key)
+            row = self._one("SELECT sha256, token FROM uploads WHERE url = ? AND key = ?", self._url, _bytes(key))
         if not row or row[0] != sha256:
             return None
         try:
@@ -114,12 +124,12 @@ class Journal:
 
     def note_upload(self, key: str, sha256: str, token: Mapping[str, str]) -> None:
         """Remember how to go on with an upload; on disk at once, since the process may be killed."""
-        row = (self._url, key, sha256, json.dumps(dict(token)), int(time.time()))
+        row = (self._url, _bytes(key), sha256, json.dumps(dict(token)), int(time.time()))
         self._write([("INSERT OR REPLACE INTO uploads VALUES (?, ?, ?, ?, ?)", [row])])
 
     def forget_upload(self, key: str) -> None:
         """The upload is finished, or thrown away."""
-        self._write([("DELETE FROM uploads WHERE url = ? AND key = ?", [(self._url, key)])])
+        self._write([("DELETE FROM uploads WHERE url = ? AND key = ?", [(self._url, _bytes(key))])])
 
     def flush(self) -> None:
         """Write what was noted."""
@@ -142,12 +152,12 @@ class Journal:
         if not self._files and not self._objects:
             return
         now = int(time.time())
-        files = [(path, *_columns(stamp), sha256, now) for path, (stamp, sha256) in self._files.items()]
-        objects = [(self._url, key, version, sha256, now) for key, (version, sha256) in self._objects.items()]
+        files = [(_bytes(path), *_columns(stamp), sha256, now) for path, (stamp, sha256) in self._files.items()]
+        objects = [(self._url, _bytes(key), version, sha256, now) for key, (version, sha256) in self._objects.items()]
         self._files, self._objects = {}, {}
         self._locked_write(
             [
-                ("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)", files),
+                ("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, ?)", files),
                 ("INSERT OR REPLACE INTO objects VALUES (?, ?, ?, ?, ?)", objects),
             ]
         )
@@ -185,6 +195,7 @@ class Journal:
     def _open(self) -> sqlite3.Connection | None:
         for attempt in range(2):
             try:
+                self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 # sqlite would create it readable for all; tokens may be capabilities
                 os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
                 return self._connect()
@@ -218,5 +229,10 @@ class Journal:
         return database
 
 
-def _columns(stamp: Stamp) -> tuple[int, int, int]:
-    return stamp.size, stamp.mtime_ns, stamp.inode
+def _columns(stamp: Stamp) -> tuple[int, int, int, int]:
+    return stamp.size, stamp.mtime_ns, stamp.ctime_ns, stamp.inode
+
+
+def _bytes(name: str) -> bytes:
+    # file names may be no Unicode text, which is all that sqlite takes
+    return name.encode("utf-8", "surrogatepass")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from wmtp_worker.storage.atomic import disk_errors
 from wmtp_worker.storage.transfer.limits import POLL, Heed
+from wmtp_worker.storage.transfer.paths import shown
 
 LOG = logging.getLogger(__name__)
 
@@ -21,7 +22,7 @@ def file_lock(path: Path, check: Heed) -> Iterator[None]:
     waited = False
     while (descriptor := _try(path)) is None:
         if not waited:
-            LOG.info("waiting for another process that downloads to %s", path.parent.parent)
+            LOG.info("waiting for another process that downloads to %s", shown(str(path.parent.parent)))
             waited = True
         time.sleep(POLL)
         check()

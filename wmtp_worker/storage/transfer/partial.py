@@ -14,6 +14,7 @@ from wmtp_worker.storage.objects import ObjectInfo
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+SMALL = ".small"  # of a download by one request
 _THERE = b"\1"
 
 
@@ -113,7 +114,7 @@ class Partial:
 
 
 def remove(place: Path) -> None:
-    """Remove both files of a partial download, if there."""
-    for suffix in (".state", ".data"):
+    """Remove the files of a partial download, if there."""
+    for suffix in (".state", ".data", SMALL):
         with contextlib.suppress(FileNotFoundError):
             place.with_name(f"{place.name}{suffix}").unlink()

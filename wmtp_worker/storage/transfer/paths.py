@@ -68,6 +68,28 @@ def _trouble(name: str) -> str | None:
     return None
 
 
+def check_apart(folder: Path, url: str, prefix: str) -> None:
+    """Raise `InputError` where `folder` and what is under `prefix` lie in each other, the store being a folder too."""
+    if "://" in url:
+        return
+    here = Path(os.path.realpath(folder))
+    there = Path(os.path.realpath(f"{url}/{prefix.strip('/')}"))
+    if here.is_relative_to(there) or there.is_relative_to(here):
+        same = here == there
+        raise InputError(
+            "both sides are the same folder" if same else "one side lies in the other",
+            where=shown(f"{here} and {there}"),
+            fix="choose folders that lie apart",
+        )
+
+
+def shown(text: str) -> str:
+    """`text` for people and logs: what would move a cursor, change a colour or be no text at all is escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def is_hidden(key: str) -> bool:
     """Whether a path is that of a temporary or a lock, which never travel."""
     return "." in key and any(name.startswith(_HIDDEN) or name == _LOCK_NAME for name in key.split("/"))
@@ -104,7 +126,7 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(
-            f"cannot read {error.filename or path}: {error.strerror or error}",
-            where=str(path),
+            f"cannot read {shown(str(error.filename or path))}: {error.strerror or error}",
+            where=shown(str(path)),
             fix="check that it exists and that the worker's user may read it",
         ) from error

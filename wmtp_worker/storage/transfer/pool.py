@@ -7,6 +7,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
+from wmtp_worker.errors import StorageError
 from wmtp_worker.storage.transfer.limits import POLL, Heed
 
 Task = Callable[[], None]
@@ -42,20 +43,24 @@ class Pool:
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
         self._pending = 0
+        self._closed = False
 
     def submit(self, task: Task) -> None:
-        """Queue a task; it must not raise."""
+        """Queue a task; it must not raise. Raises `StorageError` once the pool is closed."""
         with self._lock:
+            if self._closed:
+                raise StorageError("the transfer was closed while it was under way", fix="close it afterwards")
             self._pending += 1
             if self._pending > len(self._threads) < self._allowed:
                 thread = threading.Thread(target=self._work, name=f"{self._name}-{len(self._threads)}", daemon=True)
                 self._threads.append(thread)
                 thread.start()
-        self._tasks.put(task)
+            self._tasks.put(task)
 
     def close(self) -> None:
         """End the threads, waiting up to `GRACE` seconds for each."""
         with self._lock:
+            self._closed = True
             threads, self._threads = self._threads, []
         for _ in threads:
             self._tasks.put(None)
@@ -125,7 +130,12 @@ class Group:
                     self._check()
             self._raise()
             self._unfinished += 1
-        (pool or self._pool).submit(lambda: self._run(task))
+        try:
+            (pool or self._pool).submit(lambda: self._run(task))
+        except StorageError:
+            with self._changed:
+                self._unfinished -= 1
+            raise
 
     def wait(self) -> None:
         """Until every task has ended. Raises the first error."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from wmtp_worker.errors import StorageError, WorkerError
+from wmtp_worker.storage.transfer.paths import shown
 
 Kind = Literal["upload", "download", "delete", "skip", "verify"]
 
@@ -65,8 +66,12 @@ class Report:
         """Raise an error that names the first failures; its kind is that of the first."""
         if not self.failed:
             return
-        shown = "; ".join(f"{key}: {error.what}" for key, error in self.failed[:3])
+        first_ones = "; ".join(f"{shown(key)}: {shown(error.what)}" for key, error in self.failed[:3])
         more = f"; and {len(self.failed) - 3} more" if len(self.failed) > 3 else ""
         first = self.failed[0][1]
         kind = type(first) if isinstance(first, WorkerError) else StorageError
-        raise kind(f"{len(self.failed)} files failed: {shown}{more}", where=first.where, fix=first.fix) from first
+        raise kind(
+            f"{len(self.failed)} files failed: {first_ones}{more}",
+            where=shown(first.where or "") or None,
+            fix=first.fix,
+        ) from first
