@@ -17,6 +17,7 @@ from wmtp_worker.errors import (
     AccessDenied,
     BucketNotFound,
     InputError,
+    IntegrityError,
     ObjectNotFound,
     PreconditionFailed,
     SettingsError,
@@ -28,6 +29,7 @@ from wmtp_worker.settings.checks import is_loopback
 from wmtp_worker.storage import s3_client
 from wmtp_worker.storage.open import open_store, open_url, settings_of_url
 from wmtp_worker.storage.retry import RetryingStore
+from wmtp_worker.storage.s3_listing import read_contents
 
 PART = 5 << 20
 
@@ -313,6 +315,45 @@ class Test_settings:
 REFUSED = "<?xml version='1.0'?><Error><Code>{}</Code><Message>{}</Message></Error>"
 
 
+class Test_listings:
+    PAGE = (
+        "<?xml version='1.0' encoding='UTF-8'?><ListBucketResult{}><EncodingType>url</EncodingType>"
+        "<IsTruncated>false</IsTruncated>{}</ListBucketResult>"
+    )
+    ONE = (
+        "<Contents><Key>{}</Key><LastModified>2026-01-02T03:04:05.678Z</LastModified><ETag>{}</ETag><Size>{}</Size>"
+        "<Owner><ID>x</ID></Owner><StorageClass>STANDARD</StorageClass></Contents>"
+    )
+
+    @pytest.mark.parametrize("namespace", ["", " xmlns='http://s3.amazonaws.com/doc/2006-03-01/'"])
+    def test_are_read_as_boto3_reads_them(self, proxied, namespace):
+        store, proxy = proxied()
+        prefix = store.full_key("")
+        names = ["a%2Bb%26c", "d&amp;e&#38;f", "g h", "%C3%BC%0A"]
+        ones = "".join(self.ONE.format(prefix + name, "&quot;abc-2&quot;", 1 << 40) for name in names)
+        listed = []
+        for _ in range(2):
+            proxy.answer(200, body=self.PAGE.format(namespace, ones), match="^GET")
+            listed.append(list(store.list()))
+            # the second time by boto3 alone
+            store.control.meta.events.unregister("before-parse.s3.ListObjectsV2", read_contents)
+        assert [info.key for info in listed[0]] == ["a+b&c", "d&e&f", "g h", "ü\n"]
+        assert listed[0] == listed[1]
+        assert {(info.size, info.version) for info in listed[0]} == {(1 << 40, "abc-2")}
+        assert listed[0][0].modified.isoformat() == "2026-01-02T03:04:05.678000+00:00"
+
+    @pytest.mark.parametrize("size", ["many", ""])
+    def test_what_is_no_listing_is_an_error(self, proxied, size):
+        store, proxy = proxied()
+        whole = self.PAGE.format("", self.ONE.format(store.full_key("a"), "e", 1))
+        bodies = (whole[:-30], "<html>", self.PAGE.format("", self.ONE.format(store.full_key("a"), "e", size)))
+        for body in bodies:
+            proxy.answer(200, body=body, match="^GET")
+            with pytest.raises(TransientError, match=r"it is no listing|says 500"):
+                list(store.list())
+            assert proxy.pending == 0
+
+
 class Test_checksums:
     @pytest.mark.parametrize(
         ("status", "code", "message"),
@@ -449,6 +490,17 @@ class Test_unfinished_uploads:
             assert proxy.pending == 0
             assert not [head for head in proxy.heads if "theirs" in head]
             upload.abort()
+
+    def test_parts_that_somebody_else_has_replaced(self, proxied, source):
+        store, proxy = proxied()
+        upload = store.begin("large", source.stat().st_size, digest(source), PART, None)
+        send(upload, source)
+        # SeaweedFS does not look
+        proxy.answer(400, body=REFUSED.format("InvalidPart", "not found, or another ETag"), match="^POST")
+        with pytest.raises(IntegrityError, match="somebody else's parts"):
+            upload.finish()
+        assert list(store.list()) == []
+        upload.abort()
 
     def test_one_of_a_longer_key_is_not_ours(self, s3_server, opened, source):
         store = opened(s3_server)

@@ -21,13 +21,13 @@ import botocore.exceptions
 import botocore.httpsession
 import botocore.loaders
 import botocore.session
-from botocore.utils import parse_timestamp
 from obstore.store import S3Store as Objects
 
 from wmtp_worker.errors import SettingsError
 from wmtp_worker.settings.checks import is_loopback
 from wmtp_worker.settings.schema import CloudSettings
 from wmtp_worker.storage.s3_errors import no_credentials, translated
+from wmtp_worker.storage.s3_listing import read_contents, timestamp
 
 if TYPE_CHECKING:
     from botocore.credentials import Credentials
@@ -90,7 +90,7 @@ class S3Clients:
             try:
                 core = botocore.session.Session()
                 core.register_component("data_loader", _MODELS)
-                core.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_timestamp)
+                core.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=timestamp)
                 session = boto3.session.Session(botocore_session=core)
                 credentials = session.get_credentials()
             except botocore.exceptions.BotoCoreError as error:
@@ -122,12 +122,14 @@ class S3Clients:
         # boto3 does not read AWS_REGION, which containers set
         region = cloud.region or os.environ.get("AWS_REGION") or session.region_name or "us-east-1"
         try:
-            return session.client(
+            client = session.client(
                 "s3", region_name=region, endpoint_url=cloud.endpoint_url, verify=trusted, config=config
             )
         except (botocore.exceptions.BotoCoreError, ValueError) as error:
             fix = "check CLOUD_ENDPOINT_URL, AWS_REGION and AWS_PROFILE"
             raise SettingsError(f"no client for S3: {error}", where=self._where, fix=fix) from error
+        client.meta.events.register("before-parse.s3.ListObjectsV2", read_contents)
+        return client
 
     def _obstore(self, control: Any, credentials: Credentials, trusted: str | None) -> Objects:
         endpoint = control.meta.endpoint_url
@@ -164,16 +166,6 @@ class S3Clients:
             retry_config={"max_retries": 0},
             credential_provider=_provider(credentials),
         )
-
-
-def _timestamp(value: Any) -> datetime:
-    """As boto3 reads it, but for a form that listings have by the thousand: that took most of their CPU."""
-    if isinstance(value, str) and value.endswith("Z"):
-        try:
-            return datetime.fromisoformat(value)
-        except ValueError:
-            pass
-    return parse_timestamp(value)
 
 
 def _is_aws(endpoint: str) -> bool:

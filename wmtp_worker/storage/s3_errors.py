@@ -16,6 +16,7 @@ from wmtp_worker.errors import (
     AccessDenied,
     BucketNotFound,
     InputError,
+    IntegrityError,
     ObjectNotFound,
     PreconditionFailed,
     StorageError,
@@ -173,6 +174,9 @@ def _answered(answer: Answer, where: str, bucket: str) -> StorageError:
         return PreconditionFailed("somebody else changed the object first", where=where)
     if code in _PASSING:
         return TransientError(says, where=where)
+    if code == "InvalidPart":
+        what = "somebody else's parts are among those of the upload"
+        return IntegrityError(what, where=where, fix="upload the file again")
     if code in _REFUSALS or status in (301, 307, 401, 403):
         fix = _REFUSALS.get(code, _REGION if status in (301, 307) else _KEYS)
         if fix == _REGION and answer.region:

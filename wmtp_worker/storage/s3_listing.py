@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from datetime import datetime
+from http import HTTPStatus
 from typing import Any
+from xml.etree import ElementTree
+
+from botocore.exceptions import ResponseStreamingError
+from botocore.utils import parse_timestamp
 
 from wmtp_worker.errors import StorageError
 
@@ -29,6 +35,39 @@ def entries(control: Any, bucket: str, prefix: str, after: str, where: str) -> I
                 raise StorageError("the server lists keys in no order", where=where, fix=fix)
             last = entry["Key"]
             yield entry
+
+
+def timestamp(value: Any) -> datetime:
+    """As boto3 reads it, but for a form that listings have by the thousand: that took most of their CPU."""
+    if isinstance(value, str) and value.endswith("Z"):
+        try:
+            return datetime.fromisoformat(value)
+        except ValueError:
+            pass
+    return parse_timestamp(value)
+
+
+def read_contents(response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: Any) -> None:
+    """Take the objects out of a listing's body before boto3, which takes more than twice as long, reads the rest."""
+    if response_dict["status_code"] != HTTPStatus.OK:
+        return
+    try:
+        root = ElementTree.fromstring(response_dict["body"])
+        tag = "{*}Contents" if root.tag.startswith("{") else "Contents"
+        contents = root.findall(tag)
+        entries = [_entry(one) for one in contents]
+    except (ElementTree.ParseError, KeyError, TypeError, ValueError) as error:
+        raise ResponseStreamingError(error=f"it is no listing: {error}") from error
+    if entries:
+        root[:] = [child for child in root if child.tag != contents[0].tag]
+        response_dict["body"] = ElementTree.tostring(root)
+        customized_response_dict["Contents"] = entries
+
+
+def _entry(contents: ElementTree.Element) -> dict[str, Any]:
+    found = {child.tag.rpartition("}")[2]: child.text or "" for child in contents}
+    modified = timestamp(found["LastModified"])
+    return {"Key": found["Key"], "Size": int(found["Size"]), "ETag": found["ETag"], "LastModified": modified}
 
 
 def _by_folder(control: Any, bucket: str, prefix: str, after: str) -> Iterator[Mapping[str, Any]]:
