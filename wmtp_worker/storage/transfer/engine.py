@@ -1,5 +1,6 @@
 """`Transfer`: single files and whole folders, to a bucket and back."""
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -15,12 +16,13 @@ from wmtp_worker.storage.transfer.limits import Bandwidth, MemoryBudget
 from wmtp_worker.storage.transfer.locks import file_lock
 from wmtp_worker.storage.transfer.means import Means
 from wmtp_worker.storage.transfer.partial import SMALL
-from wmtp_worker.storage.transfer.paths import check_apart, reading, shown
+from wmtp_worker.storage.transfer.paths import is_same_place, reading, shown
 from wmtp_worker.storage.transfer.pool import Pool
 from wmtp_worker.storage.transfer.progress import Progress, Silent
 from wmtp_worker.storage.transfer.report import Report
 from wmtp_worker.storage.transfer.upload import upload_large, upload_small
 
+LOG = logging.getLogger(__name__)
 _MIB = 1 << 20
 PART_SIZE = 8 * _MIB
 # large files that are on their way at once; each has its parts in flight together
@@ -130,12 +132,14 @@ class Transfer:
 
         `delete` also removes objects that are not in the folder (and take part: see `include`, `exclude`). Trouble with
         one file is in the report's `failed`; trouble with the bucket, the network or the disk is raised. Nothing is
-        deleted where the folder, or one in it, vanishes meanwhile: that is an error.
+        deleted where the folder, or one in it, vanishes meanwhile: that is an error. So are a folder and a bucket of
+        which one lies in the other; where both are the same folder nothing is done.
         """
         self._begin(dry_run)
         if not folder.is_dir():
             raise InputError(f"there is no folder {shown(str(folder))}", fix="name a folder that exists")
-        check_apart(folder, self._means.store.url, prefix)
+        if self._is_same(folder, prefix):
+            return Report()
         work = Push(self._means, self._large, self._check, folder, prefix, include, exclude, delete, dry_run)
         return work.run(avoid=self._state)
 
@@ -158,7 +162,8 @@ class Transfer:
         folder = folder.absolute()
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{shown(str(folder))} is no folder", fix="name a folder")
-        check_apart(folder, self._means.store.url, prefix)
+        if self._is_same(folder, prefix):
+            return Report()
         work = Pull(self._means, self._large, self._check, folder, prefix, include, exclude, delete, dry_run)
         if dry_run:
             return work.run(avoid=self._state)
@@ -175,7 +180,8 @@ class Transfer:
         self._begin()
         if not folder.is_dir():
             raise InputError(f"there is no folder {shown(str(folder))}", fix="name a folder that exists")
-        check_apart(folder, self._means.store.url, prefix)
+        if self._is_same(folder, prefix):
+            raise InputError("both sides are the same folder", where=shown(str(folder)), fix="verify a copy")
         return Verify(self._means, self._large, self._check, folder, prefix).run(avoid=self._state)
 
     def close(self) -> None:
@@ -189,6 +195,12 @@ class Transfer:
         if self._closed:
             raise StorageError("nothing can be transferred any more: it was closed", fix="make another Transfer")
         self._means.journal.open(make=not dry_run)
+
+    def _is_same(self, folder: Path, prefix: str) -> bool:
+        same = is_same_place(folder, self._means.store.url, prefix)
+        if same:
+            LOG.info("nothing is transferred: %s is the same folder on both sides", shown(str(folder)))
+        return same
 
     def __enter__(self) -> Self:
         return self

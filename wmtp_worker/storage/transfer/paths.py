@@ -68,19 +68,20 @@ def _trouble(name: str) -> str | None:
     return None
 
 
-def check_apart(folder: Path, url: str, prefix: str) -> None:
-    """Raise `InputError` where `folder` and what is under `prefix` lie in each other, the store being a folder too."""
+def is_same_place(folder: Path, url: str, prefix: str) -> bool:
+    """Whether `folder` itself is what lies under `prefix`, in a store that is a folder too; links are followed.
+
+    Raises `InputError` where one lies in the other: each transfer would make more to transfer.
+    """
     if "://" in url:
-        return
+        return False
     here = Path(os.path.realpath(folder))
     there = Path(os.path.realpath(f"{url}/{prefix.strip('/')}"))
-    if here.is_relative_to(there) or there.is_relative_to(here):
-        same = here == there
+    if here != there and (here.is_relative_to(there) or there.is_relative_to(here)):
         raise InputError(
-            "both sides are the same folder" if same else "one side lies in the other",
-            where=shown(f"{here} and {there}"),
-            fix="choose folders that lie apart",
+            "one side lies in the other", where=shown(f"{here} and {there}"), fix="choose folders that lie apart"
         )
+    return here == there
 
 
 def shown(text: str) -> str:
