@@ -252,3 +252,8 @@ def test_a_log_that_cannot_be_sent_keeps_no_checkpoint_back(s3, tiny_run, publis
 def test_without_a_bucket_nothing_is_asked_and_nothing_imported(tiny_run, tmp_path):
     assert tiny_run(tmp_path / "work").bucket is None
     assert not (tmp_path / "work" / ".sync").exists()
+
+
+def test_a_bucket_that_is_the_work_directory_is_none(tiny_run, tmp_path):
+    settings = ("cloud.provider=local", f"cloud.bucket={tmp_path}", "cloud.prefix=work")
+    assert tiny_run(tmp_path / "work", *settings, "training.max_steps=2", "training.warmup_steps=1").bucket is None

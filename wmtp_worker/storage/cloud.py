@@ -1,6 +1,7 @@
 """`CloudSync`: models, data, checkpoints and logs between work directory and bucket, for people and for runs."""
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,13 @@ class Synced:
     not_safe: dict[str, str] = field(default_factory=dict)
 
 
+def is_here(cloud: CloudSettings, workdir: Path) -> bool:
+    """Whether the work directory itself is all the bucket there is."""
+    if cloud.provider != "local":
+        return False
+    return cloud.bucket is None or os.path.realpath(Path(cloud.bucket, cloud.prefix)) == os.path.realpath(workdir)
+
+
 class CloudSync:
     """One bucket and one work directory that mirrors it (see `storage.layout`). A context manager; thread-safe.
 
@@ -44,10 +52,10 @@ class CloudSync:
         """Opens the bucket without asking it anything yet. `check` is polled during transfers and may raise."""
         self.workdir = workdir
         self.check = check
-        self.here = cloud.provider == "local" and cloud.bucket is None
+        self.here = is_here(cloud, workdir)
         if self.here:
             workdir.mkdir(parents=True, exist_ok=True)
-            cloud = cloud.model_copy(update={"bucket": str(workdir)})
+            cloud = cloud.model_copy(update={"bucket": str(workdir), "prefix": ""})
         self.store = open_store(cloud, check=self._poll)
         self.transfer = Transfer(
             self.store,

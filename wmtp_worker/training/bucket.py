@@ -11,7 +11,7 @@ from wmtp_worker.assets.fetch import fetch
 from wmtp_worker.checkpoint.manifest import NewerFormatError, parse_manifest
 from wmtp_worker.errors import CheckpointError, ExhaustedError, IntegrityError, PreconditionFailed, StorageError
 from wmtp_worker.settings import Settings
-from wmtp_worker.storage.cloud import CloudSync
+from wmtp_worker.storage.cloud import CloudSync, is_here
 from wmtp_worker.storage.layout import RunPaths, parse_step, step_name
 from wmtp_worker.storage.runs import RunSync
 
@@ -44,7 +44,7 @@ class RunBucket:
         self._paths = paths
         self._check = check
         self._tick = tick
-        local = settings.cloud.provider == "local" and settings.cloud.bucket is None
+        local = is_here(settings.cloud, paths.workdir)
         self._sync = None if local else CloudSync(settings.cloud, paths.workdir, self._poll)
         self._side = None if self._sync is None else self._sync.run(paths.run)
         self.url = None if self._side is None else f"{self._side.store.url}/{self._side.prefix}"
