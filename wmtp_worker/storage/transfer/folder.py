@@ -4,6 +4,7 @@ import functools
 import itertools
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -28,8 +29,11 @@ from wmtp_worker.storage.transfer.upload import upload_large, upload_small
 _ONE_FILE = (InputError, IntegrityError, ObjectNotFound, PreconditionFailed)
 
 
-class _Folder:
+class _Folder(ABC):
     """What push, pull and verify have in common: join both sides, decide, carry out, report."""
+
+    # who takes a file that cannot be seen for one that is gone deletes its only copy
+    deletes_objects = False
 
     def __init__(
         self,
@@ -71,10 +75,11 @@ class _Folder:
             self.means.journal.flush()
         return self.report
 
+    @abstractmethod
     def decide(self, pair: Pair) -> None:
-        raise NotImplementedError
+        """Say what has to be done about one path, and do it here or `later`."""
 
-    def conclude(self) -> None:
+    def conclude(self) -> None:  # noqa: B027  # most have nothing left to do
         """What is left to do once the plan is complete."""
 
     def act(self, kind: Kind, key: str, size: int, action: Callable[[], int | None]) -> None:
@@ -89,14 +94,31 @@ class _Folder:
         else:
             self.report.did(kind, sent)
 
+    def settle(self, local: Local, remote: ObjectInfo, size: int, carry: Callable[[], None]) -> None:
+        """Carry a file of `size` that is on both sides, if it differs; where that takes reading, the pool finds out."""
+        known = differs(self.means, local, remote)
+        if known is False:
+            self.report.skip()
+        elif known is None:
+            self.later(size, functools.partial(self._carry_if_different, local, remote, carry))
+        else:
+            self.later(size, carry)
+
+    def _carry_if_different(self, local: Local, remote: ObjectInfo, carry: Callable[[], None]) -> None:
+        try:
+            different = differs(self.means, local, remote, self.group.heed)
+        except _ONE_FILE as error:
+            self.report.fail(local.key, error)
+            return
+        carry() if different else self.report.skip()
+
     def later(self, size: int, task: Callable[[], None]) -> None:
         """Run `task` in the pool for files of this size."""
         self.group.submit(task, self._large if size > self.means.part_size else None)
 
     def _pairs(self, avoid: Path) -> Generator[Pair]:
         remotes = listing(self.means.store.list(self.prefix), self.prefix, self._wanted)
-        # who takes a file that cannot be seen for one that is gone deletes its only copy
-        strict = self._delete and isinstance(self, Push)
+        strict = self._delete and self.deletes_objects
         with closing(walk(self.folder, self._wanted, avoid, strict=strict)) as locals_:
             for number, pair in enumerate(join(locals_, remotes)):
                 if not number % 64:
@@ -107,6 +129,8 @@ class _Folder:
 
 class Push(_Folder):
     """From the folder to the bucket. Nothing is deleted before the whole folder was seen and all is uploaded."""
+
+    deletes_objects = True
 
     def run(self, avoid: Path) -> Report:
         self._surplus: dict[str, ObjectInfo] = {}
@@ -123,23 +147,11 @@ class Push(_Folder):
             return
         if self._surplus:
             self._make_way(local.key)
-        if remote is not None:
-            known = differs(self.means, local, remote)
-            if known is False:
-                self.report.skip()
-                return
-            if known is None:
-                self.later(local.stamp.size, functools.partial(self._compare, local, remote))
-                return
-        self.later(local.stamp.size, functools.partial(self._upload, local))
-
-    def _compare(self, local: Local, remote: ObjectInfo) -> None:
-        try:
-            different = differs(self.means, local, remote, self.group.heed)
-        except _ONE_FILE as error:
-            self.report.fail(local.key, error)
-            return
-        self._upload(local) if different else self.report.skip()
+        upload = functools.partial(self._upload, local)
+        if remote is None:
+            self.later(local.stamp.size, upload)
+        else:
+            self.settle(local, remote, local.stamp.size, upload)
 
     def _upload(self, local: Local) -> None:
         def upload() -> int:
@@ -192,23 +204,11 @@ class Pull(_Folder):
             if self._delete and local is not None:
                 self.act("delete", pair.key, local.stamp.size, functools.partial(self._remove, local))
             return
-        if local is not None:
-            known = differs(self.means, local, remote)
-            if known is False:
-                self.report.skip()
-                return
-            if known is None:
-                self.later(remote.size, functools.partial(self._compare, local, remote))
-                return
-        self.later(remote.size, functools.partial(self._download, pair.key, remote))
-
-    def _compare(self, local: Local, remote: ObjectInfo) -> None:
-        try:
-            different = differs(self.means, local, remote, self.group.heed)
-        except _ONE_FILE as error:
-            self.report.fail(local.key, error)
-            return
-        self._download(local.key, remote) if different else self.report.skip()
+        download = functools.partial(self._download, pair.key, remote)
+        if local is None:
+            self.later(remote.size, download)
+        else:
+            self.settle(local, remote, remote.size, download)
 
     def _download(self, key: str, info: ObjectInfo) -> None:
         self.act("download", key, info.size, functools.partial(self._fetch, key, info))
