@@ -58,3 +58,12 @@ def test_an_error_is_whole_after_a_way_between_processes():
     error = pickle.loads(pickle.dumps(errors.CheckpointError("what", where="a:1", fix="do it")))
     assert type(error) is errors.CheckpointError
     assert str(error) == "what (from a:1) -> do it"
+
+
+def test_what_a_server_says_does_not_reach_the_terminal_as_it_is():
+    said = "no\x1b[2J\x07\rdone\x9b1m \u202e ü\tx \ud800\nnext"
+    shown = "no\\x1b[2J\\x07\\rdone\\x9b1m \\u202e ü\\tx \\ud800\nnext"
+    error = errors.AccessDenied(said, where="a\x1bb", fix="c\x1bd")
+    assert error.what == error.args[0] == shown
+    error.where = "a\x1bb"  # as stores fill it in
+    assert str(error) == f"{shown} (from a\\x1bb) -> c\\x1bd"

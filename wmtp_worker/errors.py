@@ -50,6 +50,7 @@ class WorkerError(Exception):
     exit_code: ClassVar[int] = BUG
 
     def __init__(self, what: str, *, where: str | None = None, fix: str | None = None) -> None:
+        what = printable(what)  # may be a server's own words
         super().__init__(what)
         self.what = what
         self.where = where
@@ -70,7 +71,15 @@ def _rebuild(kind: type[WorkerError], what: str, where: str | None, fix: str | N
 def sentence(what: str, where: str | None, fix: str | None) -> str:
     """The one form in which people read an error: `what (from where) -> fix`."""
     text = f"{what} (from {where})" if where else what
-    return f"{text} -> {fix}" if fix else text
+    return printable(f"{text} -> {fix}" if fix else text)
+
+
+def printable(text: str) -> str:
+    """`text` with what would move a terminal's cursor or change its colour spelled out; lines stay lines."""
+    lines = text.split("\n")
+    if all(map(str.isprintable, lines)):
+        return text
+    return "\n".join("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in lines)
 
 
 class SettingsError(WorkerError):

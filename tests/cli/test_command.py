@@ -116,6 +116,12 @@ def test_a_bug_shows_a_traceback_without_secrets_and_ends_with_70(crash):
     assert "p1anted" not in done.stderr
 
 
+def test_a_bug_does_not_write_to_the_terminal_what_others_said(crash):
+    done = crash(r"raise ValueError('\x1b[2J said the server')")
+    assert r"ValueError: \x1b[2J said the server" in done.stderr
+    assert "\x1b" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("kind", "code", "start"),
     [

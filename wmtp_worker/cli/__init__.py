@@ -90,7 +90,7 @@ def _explain(error: Exception) -> tuple[int, str]:
     if isinstance(error, errors.WorkerError):
         return error.exit_code, f"error: {redact(str(error))}"
     if _is_usage_error(error):
-        return errors.WRONG, redact(_usage(error))
+        return errors.WRONG, errors.printable(redact(_usage(error)))
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         fix = "make room there, or set WMTP_WORKDIR to a larger disk"
         return errors.WRONG, f"error: {redact(errors.sentence(str(error), None, fix))}"
@@ -99,7 +99,10 @@ def _explain(error: Exception) -> tuple[int, str]:
         what = f"out of memory: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         return errors.WRONG, f"error: {redact(errors.sentence(what, None, fix))}"
     trace = "".join(traceback.format_exception(error))
-    return errors.BUG, f"{redact(trace)}wmtp: this is a bug of ours; please report it with the lines above"
+    return (
+        errors.BUG,
+        f"{errors.printable(redact(trace))}wmtp: this is a bug of ours; please report it with the lines above",
+    )
 
 
 def _is_out_of_memory(error: Exception) -> bool:
