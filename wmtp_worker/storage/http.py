@@ -15,6 +15,7 @@ from requests.adapters import HTTPAdapter
 from requests.utils import get_environ_proxies
 
 from wmtp_worker.errors import AccessDenied, StorageError, TransientError
+from wmtp_worker.storage.certificates import check_certificates
 
 # seconds: to connect (and to hand over one slice of a body), and between two packets of an answer
 TIMEOUT = (10.0, 60.0)
@@ -49,7 +50,8 @@ class _Adapter(HTTPAdapter):
 def prepare_session(session: requests.Session, url: str, concurrency: int) -> None:
     """Give a session a pool for `concurrency` requests at once, without retries.
 
-    Proxies and certificates are read from the environment once, not again at each request.
+    Proxies and certificates are read from the environment once, not again at each request. Raises `SettingsError` where
+    a file of certificates cannot be read.
     """
     # at its lowest level it logs addresses, and some of ours are capabilities
     logging.getLogger("urllib3").setLevel(logging.INFO)
@@ -57,8 +59,18 @@ def prepare_session(session: requests.Session, url: str, concurrency: int) -> No
     session.mount("https://", adapter)
     session.mount("http://", adapter)
     session.proxies.update(get_environ_proxies(url, no_proxy=None))
-    session.verify = next((os.environ[name] for name in _CERTIFICATES if os.environ.get(name)), True)
+    session.verify = _trusted()
     session.trust_env = False
+
+
+def _trusted() -> str | bool:
+    """The file (or folder) of certificates that the person named; True: those that come with requests."""
+    for variable in _CERTIFICATES:
+        if path := os.environ.get(variable):
+            if not os.path.isdir(path):
+                check_certificates(path, variable)
+            return path
+    return True
 
 
 def network_error(error: BaseException, where: str) -> StorageError | None:

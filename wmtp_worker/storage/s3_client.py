@@ -26,6 +26,7 @@ from obstore.store import S3Store as Objects
 from wmtp_worker.errors import SettingsError
 from wmtp_worker.settings.checks import is_loopback
 from wmtp_worker.settings.schema import CloudSettings
+from wmtp_worker.storage.certificates import check_certificates
 from wmtp_worker.storage.s3_errors import no_credentials, translated
 from wmtp_worker.storage.s3_listing import read_contents, timestamp
 
@@ -190,12 +191,13 @@ def _provider(credentials: Credentials) -> Callable[[], S3Credential]:
 
 def _trusted(session: botocore.session.Session) -> str | None:
     """The file of certificates that the person named, in the ways that AWS's and other tools know."""
-    named = os.environ.get("AWS_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE")
-    trusted: str | None = named or session.get_config_variable("ca_bundle")
-    if trusted is not None and not os.path.isfile(trusted):
-        fix = "set AWS_CA_BUNDLE to a file in PEM format, or unset it"
-        raise SettingsError(f"there is no file of certificates {trusted}", where="AWS_CA_BUNDLE", fix=fix)
-    return trusted
+    named: dict[str, str | None] = {name: os.environ.get(name) for name in ("AWS_CA_BUNDLE", "SSL_CERT_FILE")}
+    named["ca_bundle"] = session.get_config_variable("ca_bundle")
+    for variable, path in named.items():
+        if path:
+            check_certificates(path, variable)
+            return path
+    return None
 
 
 def _certificates(trusted: str | None) -> bytes:
