@@ -194,6 +194,22 @@ def test_an_endpoint_alone_is_enough_for_a_url(command, s3_server):
     assert shown == "0 objects, 0.0 MB\n"
 
 
+@pytest.mark.parametrize("provider", ["s3", "gcs"])
+def test_a_provider_alone_is_enough_for_a_url(command, folder, s3_server, provider, tmp_path):
+    variables = s3_server.variables(bucket := s3_server.make_bucket()) | {"CLOUD_PROVIDER": provider}
+    variables.pop("WMTP_CLOUD__BUCKET")
+    if provider == "s3":
+        command("sync", "push", folder, f"s3://{bucket}/x", **variables)
+        assert "5 objects" in command("sync", "ls", f"s3://{bucket}", **variables).stdout
+        command("sync", "pull", f"s3://{bucket}/x", tmp_path / "back", **variables)
+        assert content(tmp_path / "back") == content(folder)
+        command("sync", "verify", folder, f"s3://{bucket}/x", **variables)
+    # a folder needs none either
+    assert "5 objects" in command("sync", "ls", folder, **variables).stdout
+    # what has no URL does
+    assert "set CLOUD_BUCKET" in command("assets", "ls", code=78, **variables).stderr
+
+
 def test_odd_characters_do_not_reach_the_terminal(command, tmp_path):
     bucket = tmp_path / "bucket"
     bucket.mkdir()

@@ -176,7 +176,7 @@ def ls(url: Url, set_: Set = None, as_json: Json = False) -> None:
 def _settings(set_: list[str] | None) -> "Settings":
     from wmtp_worker.settings import load
 
-    return load(overrides=set_ or (), options={"run.resume": "auto"})
+    return load(overrides=set_ or (), options={"run.resume": "auto"}, needs_bucket=False)
 
 
 @contextmanager

@@ -8,11 +8,11 @@ from wmtp_worker.settings.schema import FIELDS, MODEL_SHAPE, Settings
 from wmtp_worker.settings.values import Given, Problem, nearest
 
 
-def contradictions(settings: Settings, given: dict[str, Given]) -> Iterator[Problem]:
+def contradictions(settings: Settings, given: dict[str, Given], needs_bucket: bool = True) -> Iterator[Problem]:
     """Every contradiction, with the origin of each value that takes part in it."""
     yield from _model(settings, given)
     yield from _training(settings)
-    yield from _cloud(settings)
+    yield from _cloud(settings, needs_bucket)
     for key in settings.run.accept_changes:
         if key not in FIELDS:
             near = nearest(key, tuple(FIELDS))
@@ -92,10 +92,10 @@ def _training(settings: Settings) -> Iterator[Problem]:
 _SCHEMES = {"s3": "s3", "gs": "gcs", "az": "azure"}
 
 
-def _cloud(settings: Settings) -> Iterator[Problem]:
+def _cloud(settings: Settings, needs_bucket: bool) -> Iterator[Problem]:
     cloud, sources = settings.cloud, settings.sources
     chosen = f"cloud.provider={cloud.provider} ({sources['cloud.provider']})"
-    if cloud.bucket is None and cloud.provider != "local":
+    if needs_bucket and cloud.bucket is None and cloud.provider != "local":
         yield Problem(f"{chosen} needs a bucket", None, "set CLOUD_BUCKET, or CLOUD_PROVIDER=local")
     if cloud.bucket is not None and "://" in cloud.bucket:
         scheme, _, rest = cloud.bucket.partition("://")

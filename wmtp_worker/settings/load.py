@@ -26,13 +26,14 @@ def load(
     overrides: Sequence[str] = (),
     options: Mapping[str, Any] | None = None,
     environ: MutableMapping[str, str] | None = None,
+    needs_bucket: bool = True,
 ) -> Settings:
     """Read every layer and return the settings of one run.
 
     `overrides` are `key=value` as behind `--set`, the last of a key wins; `options` are values of dedicated
     options by dotted key (None: not given). `recipe` and `preset` are names, or paths of YAML files.
     `environ` (os.environ) is added to: variables of `.env` that are not ours, unless already there, and
-    secrets that `VAR_FILE` names.
+    secrets that `VAR_FILE` names. Without `needs_bucket`, for who has a bucket's URL, a provider alone will do.
 
     Raises SettingsError with everything that is wrong, each with its key, value and origin.
     """
@@ -61,7 +62,7 @@ def load(
         environ.setdefault(name, env_file[name][0])
     problems += read_secret_files(environ)
 
-    settings = _validate(values, chosen, problems)
+    settings = _validate(values, chosen, problems, needs_bucket)
     if settings is None or problems:
         raise _all(problems)
     return settings
@@ -110,7 +111,9 @@ def _take(values: dict[str, Given], key: str, value: Any, source: str, problems:
         problems.append(Problem(f"{key}={value!r} {error}", source, "give a plain value"))
 
 
-def _validate(values: dict[str, Given], chosen: dict[str, Given], problems: list[Problem]) -> Settings | None:
+def _validate(
+    values: dict[str, Given], chosen: dict[str, Given], problems: list[Problem], needs_bucket: bool
+) -> Settings | None:
     """The settings, or None with the reasons added to `problems`."""
     if len(chosen) < 2:
         # without the preset or the recipe, other complaints would only mislead
@@ -129,7 +132,7 @@ def _validate(values: dict[str, Given], chosen: dict[str, Given], problems: list
         problems += _explain(error, values)
         return None
     settings._sources.update({key: given.source for key, given in values.items()})
-    problems += contradictions(settings, values)
+    problems += contradictions(settings, values, needs_bucket)
     return settings
 
 
