@@ -132,6 +132,7 @@ def test_what_differs_ends_with_78(command, folder, place, tmp_path):
         (["pull", "none", "here"], ["there is no folder 'none'"]),
         (["pull", "bucket", "here", "--delete"], ["there is nothing", "check the URL"]),
         (["ls", "none"], ["there is no folder 'none'"]),
+        (["ls", "file:///no/folder"], ["there is no folder 'file:///no/folder'"]),
         (["ls", "ftp://x/y"], ["ftp:// is no kind of bucket", "s3://bucket/prefix"]),
         (["verify", "s3://a/b", "gs://c/d"], ["both are URLs"]),
         (["verify", "empty", "bucket"], ["there is nothing"]),

@@ -88,6 +88,16 @@ def test_a_wrong_bucket_ends_the_run_before_it_begins(s3, tiny_run, tmp_path):
     assert not RunPaths(tmp_path / "work", RUN).metrics.exists()
 
 
+def test_a_folder_as_bucket_may_be_new_but_not_far_from_what_is_there(tiny_run, tmp_path):
+    folder = ("cloud.provider=local", f"cloud.bucket={tmp_path}/disk/bucket")
+    with pytest.raises(BucketNotFound, match="make .*/disk, mount the disk"):
+        tiny_run(tmp_path / "work", *folder)
+    (tmp_path / "disk").mkdir()
+    tiny_run(tmp_path / "work", *folder)
+    assert (tmp_path / "disk" / "bucket" / "checkpoints" / RUN / "step_12" / "manifest.json").exists()
+    assert tiny_run(tmp_path / "elsewhere", *folder).steps_taken == 0
+
+
 def test_wrong_credentials_end_the_run_before_it_begins(s3, s3_server, tiny_run, monkeypatch, tmp_path):
     for name, value in s3_server.wrong_environ.items():
         monkeypatch.setenv(name, value)

@@ -22,23 +22,15 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wmtp_worker.errors import (
-    AccessDenied,
-    BucketNotFound,
-    DiskFullError,
-    InputError,
-    ObjectNotFound,
-    PreconditionFailed,
-    SettingsError,
-    TransientError,
-    WorkerError,
-)
+from wmtp_worker.errors import InputError, PreconditionFailed, SettingsError, TransientError
 from wmtp_worker.settings.schema import CloudSettings
 from wmtp_worker.storage.atomic import TEMPORARY_PREFIX, fsync_path
+from wmtp_worker.storage.directory_errors import MISSING, no_bucket, translate, vanished
+from wmtp_worker.storage.directory_listing import Listing, info_of, is_hidden
 from wmtp_worker.storage.directory_upload import DirectoryUpload, Staged, sweep
 from wmtp_worker.storage.keys import check_copy, check_key, check_path
 from wmtp_worker.storage.objects import ObjectInfo
@@ -47,24 +39,20 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 STAGING = TEMPORARY_PREFIX + "store"
-_LOCK = TEMPORARY_PREFIX + "lock"
+LOCK = TEMPORARY_PREFIX + "lock"
 _DIGESTS_KEPT = 4096
-_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
-_PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ENOLCK)
 
 
 def open_store(cloud: CloudSettings) -> DirectoryStore:
-    """The folder `cloud.bucket`; it is made if only its last part is missing."""
+    """The folder `cloud.bucket`, which the first write makes if only its last part is missing. Touches no file.
+
+    Raises `SettingsError`.
+    """
     if cloud.bucket is None:
         fix = "set CLOUD_BUCKET to a folder, or CLOUD_PROVIDER to s3, gcs or azure"
         raise SettingsError("no bucket is set", where="cloud.bucket", fix=fix)
     # a link to the bucket is as good as the bucket; one out of it is not
     bucket = Path(os.path.realpath(Path(cloud.bucket).expanduser()))
-    # where this is not possible, the first call says why
-    with suppress(OSError):
-        bucket.mkdir()
     root = Path(os.path.realpath(bucket / cloud.prefix))
     if not root.is_relative_to(bucket):
         what = f"cloud.prefix={cloud.prefix!r} is a link that leaves {bucket}"
@@ -83,6 +71,9 @@ class DirectoryStore:
         self._digests: OrderedDict[tuple[str, str], str] = OrderedDict()
         self._digests_lock = threading.Lock()
         self._uploads: weakref.WeakSet[DirectoryUpload] = weakref.WeakSet()
+        # how the bucket is known again: by its lock file, or else as the folder it was at first
+        self._has_lock = False
+        self._first_seen: tuple[int, int] | None = None
 
     @property
     def url(self) -> str:
@@ -96,7 +87,7 @@ class DirectoryStore:
         """See `ObjectStore`. Reads the whole file, unless this store has computed its digest before."""
         check_key(key, self._where("head", key))
         with self._errors("head", key), self._open("head", key) as descriptor:
-            info = _info(key, os.fstat(descriptor))
+            info = info_of(key, os.fstat(descriptor))
             known = (key, info.version)
             digest = self._digests.get(known)
             if digest is None:
@@ -110,41 +101,14 @@ class DirectoryStore:
         folder, _, beginning = prefix.rpartition("/")
         parts = folder.split("/") if folder else []
         with self._errors("list", prefix):
-            self._check_bucket("list", prefix)
+            if not self._is_there("list", prefix):
+                return
             start = self._root.joinpath(*parts)
-            plain = not any(part in ("", ".", "..") or _hidden(part) for part in parts)
+            plain = not any(part in ("", ".", "..") or is_hidden(part) for part in parts)
             if plain and os.path.realpath(start) == str(start):
-                yield from self._walk(start, f"{folder}/" if folder else "", beginning, os.fsencode(after))
-
-    def _walk(self, folder: Path, base: str, beginning: str, after: bytes) -> Iterator[ObjectInfo]:
-        names = []
-        # a folder that is gone, or never was, has no objects in it
-        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith(beginning) and not _hidden(entry.name):
-                    is_folder = entry.is_dir(follow_symlinks=False)
-                    # keys below a folder sort as if its name ended in the slash
-                    key = os.fsencode(base + entry.name) + b"/" * is_folder
-                    if key > after or (is_folder and after.startswith(key)):
-                        names.append((key, entry.name, is_folder))
-        for _, name, is_folder in sorted(names):
-            if is_folder:
-                yield from self._walk(folder / name, f"{base}{name}/", "", after)
-            elif (info := self._entry(folder / name, base + name)) is not None:
-                yield info
-
-    def _entry(self, path: Path, key: str) -> ObjectInfo | None:
-        try:
-            key.encode()
-            status = os.lstat(path)
-            if os.path.islink(path):
-                if not self._inside(os.path.realpath(path)):
-                    return None
-                status = os.stat(path)
-        # deleted since the folder was read, a link to nowhere, or a name that is no key
-        except (FileNotFoundError, UnicodeEncodeError):
-            return None
-        return _info(key, status) if os.path.isfile(path) else None
+                listing = Listing(after, self._inside, lambda: self._is_there("list", prefix))
+                yield from listing.walk(start, f"{folder}/" if folder else "", beginning)
+                self._is_there("list", prefix)
 
     def get(
         self, key: str, start: int = 0, length: int | None = None, version: str | None = None
@@ -152,7 +116,7 @@ class DirectoryStore:
         """See `ObjectStore`."""
         check_key(key, self._where("get", key))
         with self._errors("get", key), self._open("get", key) as descriptor:
-            info = _info(key, os.fstat(descriptor))
+            info = info_of(key, os.fstat(descriptor))
             if version is not None and info.version != version:
                 raise self._changed("get", key)
             rest = max(0, info.size - start)
@@ -228,6 +192,8 @@ class DirectoryStore:
         """See `ObjectStore`. Folders that become empty go too."""
         with self._errors("delete", key):
             path = self._path(key, "delete")
+            if not self._is_there("delete", key):
+                return
             with self._lock(alone=if_version is not None):
                 if if_version is not None and self._version(path) not in (None, if_version):
                     raise self._changed("delete", key)
@@ -244,7 +210,8 @@ class DirectoryStore:
     def sweep(self, prefix: str, older_than: timedelta) -> int:
         """See `ObjectStore`. What a killed `put` left is removed too, and not counted."""
         with self._errors("sweep", prefix):
-            self._check_bucket("sweep", prefix)
+            if not self._is_there("sweep", prefix):
+                return 0
             return sweep(self._bucket / STAGING, self._prefix + prefix, time.time() - older_than.total_seconds())
 
     def close(self) -> None:
@@ -273,7 +240,7 @@ class DirectoryStore:
         """The file of a key. Its folder, links resolved, is within the bucket."""
         where = self._where(operation, key)
         check_path(key, where, ("", ".", ".."))
-        if any(map(_hidden, key.split("/"))):
+        if any(map(is_hidden, key.split("/"))):
             fix = f"names that begin with {TEMPORARY_PREFIX} are for files that are being written"
             raise InputError(f"the key {key!r} has a hidden part", where=where, fix=fix)
         path = self._root / key
@@ -285,7 +252,8 @@ class DirectoryStore:
         return path == str(self._bucket) or path.startswith(f"{self._bucket}/".replace("//", "/"))
 
     def _staging(self) -> Path:
-        self._check_bucket("write to", "")
+        if not self._is_there("write to", ""):
+            self._bucket.mkdir(exist_ok=True)
         folder = self._bucket / STAGING
         folder.mkdir(mode=0o700, exist_ok=True)
         return folder
@@ -308,7 +276,7 @@ class DirectoryStore:
             # inodes are used again at once and clocks are coarse: our own time makes each version another
             now = time.time_ns()
             os.utime(staged, ns=(now, now))
-            info = _info(key, os.stat(staged))
+            info = info_of(key, os.stat(staged))
             self._rename(operation, staged, path, key, exclusive=if_absent)
         # whoever deletes it at once may take its folder too
         with suppress(FileNotFoundError):
@@ -337,7 +305,7 @@ class DirectoryStore:
 
     @contextmanager
     def _lock(self, *, alone: bool) -> Iterator[None]:
-        descriptor = os.open(self._staging().with_name(_LOCK), os.O_RDWR | os.O_CREAT, 0o600)
+        descriptor = os.open(self._staging().with_name(LOCK), os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
             yield
@@ -346,7 +314,7 @@ class DirectoryStore:
 
     def _version(self, path: Path) -> str | None:
         try:
-            return _info("", os.stat(path)).version
+            return info_of("", os.stat(path)).version
         except (FileNotFoundError, NotADirectoryError):
             return None
 
@@ -364,42 +332,42 @@ class DirectoryStore:
     def _changed(self, operation: str, key: str) -> PreconditionFailed:
         return PreconditionFailed("somebody else changed the object first", where=self._where(operation, key))
 
-    def _check_bucket(self, operation: str, key: str) -> None:
-        if not self._bucket.is_dir():
-            raise self._no_bucket(operation, key)
+    def _is_there(self, operation: str, key: str) -> bool:
+        """Whether there is such a folder; where there is none yet, the first write makes it.
 
-    def _no_bucket(self, operation: str, key: str) -> BucketNotFound:
-        fix = "make the folder, mount the disk, or set CLOUD_BUCKET to another one"
-        return BucketNotFound(f"there is no folder {self._bucket}", where=self._where(operation, key), fix=fix)
+        Raises `BucketNotFound` where it could not be made, and where it was there before, also if another one is in
+        its place now: a disk that is unmounted leaves an empty folder.
+        """
+        # looked at first: another thread may be writing for the first time
+        had_lock, first_seen = self._has_lock, self._first_seen
+        if _status(self._bucket / LOCK) is not None:
+            self._has_lock = True
+            return True
+        status = _status(self._bucket)
+        is_folder = status is not None and stat.S_ISDIR(status.st_mode)
+        now = (status.st_dev, status.st_ino) if status is not None and is_folder else None
+        if had_lock or first_seen not in (None, now):
+            raise vanished(self._bucket, self._where(operation, key))
+        if now is None and (status is not None or not self._bucket.parent.is_dir()):
+            raise no_bucket(self._bucket, self._where(operation, key))
+        self._first_seen = now or first_seen
+        return now is not None
 
     @contextmanager
     def _errors(self, operation: str, key: str) -> Iterator[None]:
         try:
-            yield
+            try:
+                yield
+            except OSError as error:
+                if error.errno in MISSING:
+                    self._is_there(operation, key)  # or it is the bucket that is missing
+                raise
         except OSError as error:
-            raise self._translated(error, operation, key) from error
-
-    def _translated(self, error: OSError, operation: str, key: str) -> WorkerError:
-        where = self._where(operation, key)
-        says = error.strerror or str(error)
-        if error.errno in _FULL:
-            return DiskFullError("the disk is full", where=where, fix="free some space, or use another bucket")
-        if error.errno in _DENIED:
-            fix = f"give the worker's user access to {self._bucket}, or mount it for writing"
-            return AccessDenied(says.lower(), where=where, fix=fix)
-        if error.errno in _MISSING:
-            if not self._bucket.is_dir():
-                return self._no_bucket(operation, key)
-            return ObjectNotFound("there is no such object", where=where)
-        if error.errno in _PASSING:
-            return TransientError(says.lower(), where=where)
-        return InputError(f"the file system refuses it: {says}", where=where, fix="give the file another name")
+            raise translate(error, self._where(operation, key), self._bucket) from error
 
 
-def _hidden(name: str) -> bool:
-    return name.startswith(TEMPORARY_PREFIX)
-
-
-def _info(key: str, status: os.stat_result) -> ObjectInfo:
-    version = f"{status.st_mtime_ns:x}-{status.st_size:x}-{status.st_ino:x}"
-    return ObjectInfo(key, status.st_size, version, modified=datetime.fromtimestamp(status.st_mtime, UTC))
+def _status(path: Path) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None

@@ -79,11 +79,14 @@ def folder_to_push(folder: str) -> Path:
 def check_is_there(url: str) -> None:
     """Raise `InputError` where a folder that is to be read as a bucket is not there (to write to, it is made)."""
     check_slashes(url)
-    path = Path(url).expanduser()
-    if not is_url(url) and path.is_file():
+    folder = url.removeprefix("file://")
+    if is_url(folder):
+        return
+    path = Path(folder).expanduser()
+    if path.is_file():
         fix = f"name its folder: {path.parent} --include {path.name}"
         raise InputError(f"{url!r} is a file, and no folder", fix=fix)
-    if not is_url(url) and not path.is_dir():
+    if not path.is_dir():
         raise InputError(f"there is no folder {url!r}", where=str(path.absolute()), fix="check the path")
 
 
