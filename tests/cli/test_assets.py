@@ -132,6 +132,21 @@ def test_what_cannot_be_verified_is_no_success(command, folder_bucket, tmp_path)
     assert [line.split()[:2] for line in shown.splitlines()] == [["not", "recorded"], ["not", "there"]]
 
 
+def test_verify_says_where_the_kind_is_the_other_one(command, folder_bucket, model, dataset):
+    command("assets", "push", model, **folder_bucket)
+    command("assets", "push", dataset, "--dataset", **folder_bucket)
+    for side in ("bucket", "work directory"):
+        if side == "work directory":
+            command("assets", "pull", "my-model", **folder_bucket)
+            command("assets", "pull", "few", "--dataset", **folder_bucket)
+        variables = folder_bucket if side == "bucket" else {}
+        said = command("assets", "verify", "few", code=78, **variables).stderr
+        assert "there is no model 'few'" in said
+        assert said.endswith("there is a dataset of this name: add --dataset\n")
+        said = command("assets", "verify", "my-model", "--dataset", code=78, **variables).stderr
+        assert said.endswith("there is a model of this name: leave out --dataset\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

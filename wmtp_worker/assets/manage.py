@@ -12,7 +12,7 @@ from wmtp_worker.assets.publish import Pushed, push
 from wmtp_worker.errors import InputError, SettingsError
 from wmtp_worker.settings import Settings
 from wmtp_worker.storage.cloud import STATE
-from wmtp_worker.storage.layout import is_hub_name
+from wmtp_worker.storage.layout import asset_prefix, is_hub_name
 from wmtp_worker.storage.open import open_store
 from wmtp_worker.storage.transfer import Progress, Transfer
 
@@ -60,8 +60,19 @@ class Assets:
             findings.append(verify_bucket(self.transfer.store, asset.kind, folder, self.source.check, read=read))
         if all(finding.status == "not there" for finding in findings):
             where = " and ".join(finding.place for finding in findings)
-            raise InputError(f"there is no {wanted} {name!r}", where=where, fix="see `wmtp assets ls`")
+            other: Wanted = "model" if wanted == "dataset" else "dataset"
+            option = "add --dataset" if other == "dataset" else "leave out --dataset"
+            fix = f"there is a {other} of this name: {option}" if self._has(name, other) else "see `wmtp assets ls`"
+            raise InputError(f"there is no {wanted} {name!r}", where=where, fix=fix)
         return findings
+
+    def _has(self, name: str, wanted: Wanted) -> bool:
+        """Whether either side has something under this name."""
+        asset = self._named(name, wanted)
+        if asset.local(self.workdir) is not None:
+            return True
+        prefix = asset_prefix(asset.kind, str(asset.folder))
+        return self.transfer is not None and next(self.transfer.store.list(prefix), None) is not None
 
     def list(self) -> list[Item]:
         """Every asset of both sides."""
