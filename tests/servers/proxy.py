@@ -71,6 +71,8 @@ class Proxy:
         self.requests: list[str] = []
         # and the same with their headers
         self.heads: list[str] = []
+        # what the server sees of a request's line and headers
+        self.rewrite: Callable[[bytes], bytes] = lambda head: head
         self._faults: list[_Fault] = []
         self._lock = threading.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -344,7 +346,7 @@ class _Connection:
                 head, data = bytes(self.head[: end + 4]), bytes(self.head[end + 4 :])
                 self.head.clear()
                 await self._begin(head, b"".join(out))
-                out.append(head)
+                out.append(self.proxy.rewrite(head))
                 continue
             piece, data = (data, b"") if self.left >= len(data) else (data[: int(self.left)], data[int(self.left) :])
             self.left -= len(piece)
