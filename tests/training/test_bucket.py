@@ -90,7 +90,7 @@ def test_a_wrong_bucket_ends_the_run_before_it_begins(s3, tiny_run, tmp_path):
 
 def test_a_folder_as_bucket_may_be_new_but_not_far_from_what_is_there(tiny_run, tmp_path):
     folder = ("cloud.provider=local", f"cloud.bucket={tmp_path}/disk/bucket")
-    with pytest.raises(BucketNotFound, match="make .*/disk, mount the disk"):
+    with pytest.raises(BucketNotFound, match=r"make .*/disk, mount the disk"):
         tiny_run(tmp_path / "work", *folder)
     (tmp_path / "disk").mkdir()
     tiny_run(tmp_path / "work", *folder)
