@@ -24,7 +24,7 @@ from wmtp_worker.errors import (
 from wmtp_worker.settings.schema import CloudSettings
 from wmtp_worker.storage.keys import check_copy, check_key, check_path
 from wmtp_worker.storage.objects import ObjectInfo
-from wmtp_worker.storage.s3_checksums import content_md5, crc32c
+from wmtp_worker.storage.s3_checksums import content_md5, crc32c, sendable
 from wmtp_worker.storage.s3_client import S3Clients
 from wmtp_worker.storage.s3_errors import SDK_ERRORS, no_bucket, refuses_checksum, translated
 from wmtp_worker.storage.s3_listing import entries
@@ -72,7 +72,7 @@ class S3Store:
 
     @property
     def control(self) -> Any:
-        """The boto3 client."""
+        """The botocore client."""
         return self._clients.control
 
     @property
@@ -178,11 +178,11 @@ class S3Store:
         with self.errors("put", key):
             if if_absent or if_version is not None or size > _SMALL:
                 condition = {"IfNoneMatch": "*"} if if_absent else {"IfMatch": f'"{if_version}"'} if if_version else {}
-                etag = self._put_with_boto3(key, data, digest, condition)
+                etag = self._put_with_botocore(key, data, digest, condition)
             else:
                 etag = self.checked(
                     lambda: self._put_with_obstore(key, data, digest),
-                    lambda: self._put_with_boto3(key, data, digest, {}),
+                    lambda: self._put_with_botocore(key, data, digest, {}),
                 )
         return ObjectInfo(key, size, etag, digest)
 
@@ -196,9 +196,8 @@ class S3Store:
         )
         return _bare(result["e_tag"] or "")
 
-    def _put_with_boto3(self, key: str, data: Buffer, digest: str, condition: Mapping[str, str]) -> str:
-        # a bytes body is sent at once; for a file boto3 would wait for the server's "continue"
-        body = data if isinstance(data, bytes | bytearray) else bytes(data)
+    def _put_with_botocore(self, key: str, data: Buffer, digest: str, condition: Mapping[str, str]) -> str:
+        body = sendable(data)
 
         def put(checksum: Mapping[str, str]) -> str:
             said = self.control.put_object(
@@ -255,7 +254,11 @@ class S3Store:
             return
         if info.size > _COPY_AT_ONCE:
             metadata = {"Metadata": {DIGEST: info.sha256}} if info.sha256 else {}
-            self.control.copy(origin, self.bucket, target, ExtraArgs={**metadata, **self.encryption})
+            # late: it takes a while to import
+            from s3transfer.manager import TransferManager
+
+            with TransferManager(self.control) as manager:
+                manager.copy(origin, self.bucket, target, {**metadata, **self.encryption}).result()
             return
         self.control.copy_object(
             Bucket=self.bucket,
@@ -329,14 +332,14 @@ class S3Store:
 
     @contextmanager
     def errors(self, operation: str, key: str) -> Iterator[None]:
-        """Turn what boto3 and obstore raise into the worker's own errors."""
+        """Turn what botocore and obstore raise into the worker's own errors."""
         try:
             yield
         except SDK_ERRORS as error:
             raise self.problem(error, operation, key) from error
 
     def problem(self, error: Exception, operation: str, key: str) -> WorkerError:
-        """The worker's error for one of boto3 or obstore."""
+        """The worker's error for one of botocore or obstore."""
         return translated(error, self.where(operation, key), self.bucket)
 
 

@@ -1,4 +1,4 @@
-"""The checksums by which an S3 server sees that what arrives is what was sent, as boto3's arguments."""
+"""The checksums by which an S3 server sees that what arrives is what was sent, as botocore's arguments."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ def crc32c(data: Buffer) -> dict[str, str]:
 def content_md5(data: Buffer) -> dict[str, str]:
     """What every server knows."""
     return {"ContentMD5": _text(hashlib.md5(data, usedforsecurity=False).digest())}
+
+
+def sendable(data: Buffer) -> bytes:
+    """What botocore and the checksums take."""
+    return data if isinstance(data, bytes) else bytes(data)
 
 
 def _text(digest: bytes) -> str:

@@ -1,7 +1,7 @@
-"""The two clients of one S3 bucket: boto3 for credentials and control, obstore for the bytes of small objects.
+"""The two clients of one S3 bucket: botocore for credentials, control and parts, obstore for the other bytes.
 
-boto3 spends milliseconds of CPU on a request, obstore tenths. Both use the same credentials, endpoint, region, trust
-and time-outs, and neither tries anything again.
+botocore is boto3 without its long imports; it spends milliseconds of CPU on a request, obstore tenths. Both use the
+same credentials, endpoint, region, trust and time-outs, and neither tries anything again.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-import boto3.session
+import botocore.auth
 import botocore.config
 import botocore.exceptions
 import botocore.httpsession
 import botocore.loaders
 import botocore.session
+from botocore.handlers import convert_body_to_file_like_object
 from obstore.store import S3Store as Objects
 
 from wmtp_worker.errors import SettingsError
@@ -39,10 +40,27 @@ CONNECT_SECONDS = 10
 READ_SECONDS = 60
 # of a whole request: none worth the name
 _LONGEST = timedelta(days=1)
-# reading what boto3 knows of S3 takes longer than everything else about a client: once for all
+# reading what botocore knows of S3 takes longer than everything else about a client: once for all
 _MODELS = botocore.loaders.create_loader()
+# our name for `UnsignedPayload` among botocore's signature versions
+_UNSIGNED_PAYLOAD = "s3v4-unsigned-payload"
 # botocore renews what has less than 15 minutes left, so these are always good for that long
 _CREDENTIALS_GOOD_FOR = timedelta(minutes=5)
+
+
+class UnsignedPayload(botocore.auth.S3SigV4Auth):
+    """AWS's signature version 4 without a digest of the body: the signed headers have its checksum already.
+
+    Source: "Signature Calculations for the Authorization Header", UNSIGNED-PAYLOAD (Amazon S3 API Reference). A digest
+    more would cost a second of CPU for each gigabyte.
+    """
+
+    def payload(self, request: Any) -> str:
+        """What stands for the body in what is signed."""
+        return "UNSIGNED-PAYLOAD"
+
+
+botocore.auth.AUTH_TYPE_MAPS[_UNSIGNED_PAYLOAD] = UnsignedPayload
 
 
 class S3Clients:
@@ -61,7 +79,7 @@ class S3Clients:
 
     @property
     def control(self) -> Any:
-        """The boto3 client."""
+        """The botocore client."""
         if self._control is None:
             self._open()
         return self._control
@@ -86,50 +104,53 @@ class S3Clients:
             if self._objects is not None:
                 return
             # at their lowest levels they log requests, session tokens and all
-            for name in ("boto3", "botocore", "s3transfer", "urllib3"):
+            for name in ("botocore", "s3transfer", "urllib3"):
                 logging.getLogger(name).setLevel(logging.INFO)
             try:
                 core = botocore.session.Session()
                 core.register_component("data_loader", _MODELS)
                 core.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=timestamp)
-                session = boto3.session.Session(botocore_session=core)
-                credentials = session.get_credentials()
+                credentials = core.get_credentials()
             except botocore.exceptions.BotoCoreError as error:
                 raise translated(error, self._where, self._bucket) from error
             if credentials is None:
                 raise no_credentials(self._where, "none are set")
             trusted = _trusted(core)
-            control = self._boto3(session, trusted, "path" if self._cloud.endpoint_url else "virtual")
+            control = self._botocore(core, trusted, "path" if self._cloud.endpoint_url else "virtual")
             if not _is_aws(control.meta.endpoint_url) and not self._cloud.endpoint_url:
                 # named by a variable or a profile: a bucket's own host name needs AWS's DNS
                 control.close()
-                control = self._boto3(session, trusted, "path")
+                control = self._botocore(core, trusted, "path")
             _check_tls(control.meta.endpoint_url, self._cloud)
             self._objects = self._obstore(control, credentials, trusted)
             self._control = control
 
-    def _boto3(self, session: boto3.session.Session, trusted: str | None, style: str) -> Any:
+    def _botocore(self, session: botocore.session.Session, trusted: str | None, style: str) -> Any:
         cloud = self._cloud
         config = botocore.config.Config(
             connect_timeout=CONNECT_SECONDS,
             read_timeout=READ_SECONDS,
             retries={"total_max_attempts": 1},
             max_pool_connections=max(10, cloud.concurrency),
-            # other servers than AWS refuse the checksums that boto3 adds by itself
+            # other servers than AWS refuse the checksums that botocore adds by itself
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
             s3={"addressing_style": style},  # type: ignore[arg-type]
         )
-        # boto3 does not read AWS_REGION, which containers set
-        region = cloud.region or os.environ.get("AWS_REGION") or session.region_name or "us-east-1"
+        # botocore does not read AWS_REGION, which containers set
+        region = cloud.region or os.environ.get("AWS_REGION") or session.get_config_variable("region") or "us-east-1"
         try:
-            client = session.client(
+            client = session.create_client(
                 "s3", region_name=region, endpoint_url=cloud.endpoint_url, verify=trusted, config=config
             )
         except (botocore.exceptions.BotoCoreError, ValueError) as error:
             fix = "check CLOUD_ENDPOINT_URL, AWS_REGION and AWS_PROFILE"
             raise SettingsError(f"no client for S3: {error}", where=self._where, fix=fix) from error
         client.meta.events.register("before-parse.s3.ListObjectsV2", read_contents)
+        for operation in ("PutObject", "UploadPart"):
+            client.meta.events.register_first(f"choose-signer.s3.{operation}", _signer)  # type: ignore[arg-type]
+            # bytes are sent at once; a file, which this would make of them, in small pieces after a "continue"
+            client.meta.events.unregister(f"before-parameter-build.s3.{operation}", convert_body_to_file_like_object)
         return client
 
     def _obstore(self, control: Any, credentials: Credentials, trusted: str | None) -> Objects:
@@ -169,6 +190,11 @@ class S3Clients:
         )
 
 
+def _signer(signature_version: str, **_: Any) -> str | None:
+    """The signature version of a request that carries a body; None: the one that botocore chose."""
+    return _UNSIGNED_PAYLOAD if signature_version in ("v4", "s3v4") else None
+
+
 def _is_aws(endpoint: str) -> bool:
     host = urlsplit(endpoint).hostname or ""
     return host.endswith((".amazonaws.com", ".amazonaws.com.cn"))
@@ -201,7 +227,7 @@ def _trusted(session: botocore.session.Session) -> str | None:
 
 
 def _certificates(trusted: str | None) -> bytes:
-    # boto3's own list where none is named, so that both trust the same
+    # botocore's own list where none is named, so that both trust the same
     path = trusted or botocore.httpsession.get_cert_path(True)
     assert path is not None
     return Path(path).read_bytes()

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-import boto3.exceptions
 import botocore.exceptions
 import obstore.exceptions
 
@@ -75,7 +74,6 @@ _PASSING = frozenset(
 SDK_ERRORS = (
     botocore.exceptions.BotoCoreError,
     botocore.exceptions.ClientError,
-    boto3.exceptions.Boto3Error,
     obstore.exceptions.BaseError,
     OSError,
 )
@@ -108,7 +106,7 @@ class Answer:
 
 
 def answer_of(error: Exception) -> Answer | None:
-    """The server's answer in an exception of boto3 or obstore; None where there was none."""
+    """The server's answer in an exception of botocore or obstore; None where there was none."""
     if isinstance(error, botocore.exceptions.ClientError):
         said: Mapping[str, Any] = error.response.get("Error", {})
         meta: Mapping[str, Any] = error.response.get("ResponseMetadata", {})
@@ -129,7 +127,7 @@ def answer_of(error: Exception) -> Answer | None:
 
 
 def translated(error: Exception, where: str, bucket: str) -> WorkerError:
-    """The worker's error for an exception of boto3 or obstore."""
+    """The worker's error for an exception of botocore or obstore."""
     answer = answer_of(error)
     if answer is not None:
         return _answered(answer, where, bucket)

@@ -20,7 +20,7 @@ _BY_FOLDER = "SeaweedFS"
 def entries(control: Any, bucket: str, prefix: str, after: str, where: str) -> Iterator[Mapping[str, Any]]:
     """S3's entries of keys (of the whole bucket) that begin with `prefix` and sort behind `after`, ascending.
 
-    Raises what boto3 raises, and `StorageError` where a server lists in another order: whoever compares two sorted
+    Raises what botocore raises, and `StorageError` where a server lists in another order: whoever compares two sorted
     lists would take what is there for missing.
     """
     begin = {"StartAfter": after} if after else {}
@@ -38,7 +38,7 @@ def entries(control: Any, bucket: str, prefix: str, after: str, where: str) -> I
 
 
 def timestamp(value: Any) -> datetime:
-    """As boto3 reads it, but for a form that listings have by the thousand: that took most of their CPU."""
+    """As botocore reads it, but for a form that listings have by the thousand: that took most of their CPU."""
     if isinstance(value, str) and value.endswith("Z"):
         try:
             return datetime.fromisoformat(value)
@@ -48,7 +48,7 @@ def timestamp(value: Any) -> datetime:
 
 
 def read_contents(response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: Any) -> None:
-    """Take the objects out of a listing's body before boto3, which takes more than twice as long, reads the rest."""
+    """Take the objects out of a listing's body before botocore, which takes more than twice as long, reads the rest."""
     if response_dict["status_code"] != HTTPStatus.OK:
         return
     try:

@@ -11,7 +11,7 @@ import botocore.exceptions
 
 from wmtp_worker.errors import ObjectNotFound, TransientError
 from wmtp_worker.storage.objects import ObjectInfo, check_whole
-from wmtp_worker.storage.s3_checksums import content_md5, crc32c
+from wmtp_worker.storage.s3_checksums import content_md5, crc32c, sendable
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -85,13 +85,13 @@ class S3Upload:
         size, etag = self._there.get(number, (-1, ""))
         if size != memoryview(data).nbytes or hashlib.md5(data, usedforsecurity=False).hexdigest() != etag:
             return False
-        self._arrived(number, etag, data)
+        self._arrived(number, etag, size, crc32c(data))
         return True
 
     def put(self, number: int, data: Buffer) -> None:
         """See `PartUpload`."""
-        # boto3 takes no memoryview, and waits for the server's "continue" before it sends a file
-        body = data if isinstance(data, bytes | bytearray) else bytes(data)
+        body = sendable(data)
+        checksum = crc32c(body)
 
         def send(checksum: Mapping[str, str]) -> str:
             said = self._store.control.upload_part(**self._names, PartNumber=number + 1, Body=body, **checksum)
@@ -100,19 +100,19 @@ class S3Upload:
 
         with self._store.errors("put part of", self._key):
             try:
-                etag = self._store.checked(lambda: send(crc32c(body)), lambda: send(content_md5(body)))
+                etag = self._store.checked(lambda: send(checksum), lambda: send(content_md5(body)))
             except botocore.exceptions.ClientError as error:
                 # another worker has sent the same file, and was first
                 if not _is_gone(error) or not self._is_done():
                     raise
                 etag = ""
-        self._arrived(number, etag, body)
+        self._arrived(number, etag, len(body), checksum)
 
-    def _arrived(self, number: int, etag: str, data: Buffer) -> None:
-        part = {"PartNumber": number + 1, "ETag": etag, **crc32c(data)}
+    def _arrived(self, number: int, etag: str, size: int, checksum: Mapping[str, str]) -> None:
+        part = {"PartNumber": number + 1, "ETag": etag, **checksum}
         with self._lock:
             self._parts[number] = part
-            self._lengths[number] = memoryview(data).nbytes
+            self._lengths[number] = size
 
     def finish(self) -> ObjectInfo:
         """See `PartUpload`."""

@@ -1,13 +1,14 @@
 """How far a transfer is: a bar on a terminal, a line in the log every ten seconds elsewhere."""
 
+from __future__ import annotations
+
 import logging
 import threading
 import time
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.progress import Progress as Bar
+if TYPE_CHECKING:
+    from rich.console import Console
 
 LOG = logging.getLogger(__name__)
 LINE_SECONDS = 10.0
@@ -111,6 +112,10 @@ class TerminalBar(_Counting):
         self._console = console
 
     def _open(self) -> None:
+        # late: workers without a terminal need not wait for it
+        from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+        from rich.progress import Progress as Bar
+
         self._bar = Bar(
             TextColumn("{task.description}"),
             BarColumn(),
