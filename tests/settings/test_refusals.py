@@ -66,7 +66,7 @@ def refusal(**arguments):
         ("run.workdir=/tmp/\udcff", "is not UTF-8 text"),
         ("model.layers=0", "model.layers=0 is out of range (from --set model.layers=0) -> set a number at least 1"),
         ("model.tie_embeddings=1", "model.tie_embeddings=1 is neither true nor false"),
-        ("checkpoint.every=0", "-> set a number at least 1"),
+        ("checkpoint.every=0", "-> use one of those, for example 200"),
         ("data.dataset=", "data.dataset=null is not text"),
         ("run.accept_changes=3", "run.accept_changes=3 is not a list"),
         ("run.accept_changes=[3]", "run.accept_changes=[3] is not text"),

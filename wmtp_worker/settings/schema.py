@@ -34,6 +34,12 @@ def _resume(value: object) -> object:
     raise ValueError("is neither auto, never nor a step; use one of those, for example 400")
 
 
+def _every(value: object) -> object:
+    if value == "auto" or (type(value) is int and value >= 1):
+        return value
+    raise ValueError("is neither auto nor a number of steps; use one of those, for example 200")
+
+
 def _workdir(value: object) -> object:
     if not isinstance(value, str | Path) or not str(value).strip() or "\0" in str(value):
         raise ValueError("is no path; name a folder that may be created and written")
@@ -84,6 +90,15 @@ class HostSettings(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(description="where to compute; auto takes the best there is")
     threads: Annotated[int, Field(ge=0, le=1024)] = Field(
         description="CPU threads; 0 means as many as the machine or container allows"
+    )
+    notices: Literal["auto", "ec2", "gcp", "azure", "none"] = Field(
+        description="whose metadata service is asked whether this machine will be taken away; auto: found out"
+    )
+    hang_seconds: NotNegative = Field(
+        description="a process that shows no progress for so long is ended with exit code 75; 0: never"
+    )
+    price_per_hour: NotNegative | None = Field(
+        description="what this machine costs, to count lost work in money; null: only in GPU seconds"
     )
 
 
@@ -147,8 +162,27 @@ class EvaluationSettings(Section):
 
 
 class CheckpointSettings(Section):
-    every: Positive = Field(description="steps between checkpoints")
+    every: Annotated[Literal["auto"] | int, BeforeValidator(_every)] = Field(
+        description="steps between checkpoints; auto: from what a save costs and how often machines are taken away"
+    )
     keep_last: Positive = Field(description="checkpoints kept, apart from the best and the final model")
+    keep_every: Count = Field(description="checkpoints of steps that are multiples of this are kept for good; 0: none")
+    background: bool = Field(
+        description="whether a save is written behind the training; false: the training waits until it is on the disk"
+    )
+    buffers: Annotated[int, Field(ge=1, le=2)] = Field(
+        description="copies of a checkpoint held in memory: one that is being written and, with 2, one that waits"
+    )
+    lease: bool = Field(description="whether a run in the bucket is held by a lease, so that no two workers train it")
+    lease_seconds: Annotated[float, Field(ge=3, le=3600)] = Field(
+        description="how long a lease lasts that is not renewed: so long a worker that is gone keeps others away"
+    )
+    lease_wait: NotNegative = Field(
+        description="seconds a second worker waits for a holder that is alive, before it ends with exit code 79"
+    )
+    interruptions_per_day: NotNegative | None = Field(
+        description="how often such machines are taken away, for checkpoint.every=auto; null: as observed in this run"
+    )
 
 
 class LoggingSettings(Section):

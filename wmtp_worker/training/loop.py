@@ -35,7 +35,7 @@ def train(session: Session, console: Console) -> None:
             ):
                 run_validation(session)
             # asked again: a validation may have stopped the run early
-            if _due(progress.step, settings.checkpoint.every, session.finished) and progress.saved_at < progress.step:
+            if _due(progress.step, session.save_every, session.finished) and progress.saved_at < progress.step:
                 session.save()
             if session.finished:
                 return

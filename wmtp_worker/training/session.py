@@ -124,6 +124,12 @@ class Session:
     def finished(self) -> bool:
         return self.progress.stopped_early or self.progress.step >= self.settings.training.max_steps
 
+    @property
+    def save_every(self) -> int:
+        """Steps between checkpoints."""
+        every = self.settings.checkpoint.every
+        return 50 if every == "auto" else every
+
     def save(self) -> None:
         """Write `step_N`, queue it for the bucket, then drop checkpoints beyond `checkpoint.keep_last`.
 
