@@ -84,17 +84,29 @@ def tiny_settings() -> tuple[str, ...]:
 
 @pytest.fixture(scope="session")
 def tiny_run() -> Callable[..., Any]:
-    """Train the tiny run in this process: `tiny_run(workdir, *overrides, stop=…, resume=…)` returns the summary."""
+    """Train the tiny run in this process: `tiny_run(workdir, *overrides, stop=…, resume=…)` returns the summary.
 
-    def train(workdir: Path, *overrides: str, stop: StopRequest | None = None, resume: Any = "auto") -> Any:
-        from wmtp_worker.training.run import run
+    Without `picture=True` the picture is empty: drawing it takes as long as all the rest.
+    """
+
+    def train(
+        workdir: Path,
+        *overrides: str,
+        stop: StopRequest | None = None,
+        resume: Any = "auto",
+        picture: bool = False,
+    ) -> Any:
+        from wmtp_worker.training import run
 
         settings = load(
             overrides=[*TINY, *overrides],
             options={"run.name": TINY_RUN, "run.workdir": str(workdir), "run.resume": resume},
             environ={},
         )
-        return run(settings, stop or StopRequest(), Console(file=io.StringIO()))
+        with pytest.MonkeyPatch.context() as patch:
+            if not picture:
+                patch.setattr(run, "draw", lambda metrics, picture, title: picture.touch())
+            return run.run(settings, stop or StopRequest(), Console(file=io.StringIO()))
 
     return train
 

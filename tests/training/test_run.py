@@ -43,7 +43,7 @@ def kept_aside(paths):
 
 
 def test_a_run_leaves_everything_a_person_looks_for(tiny_run, tmp_path, paths):
-    summary = tiny_run(tmp_path)
+    summary = tiny_run(tmp_path, picture=True)
     assert (summary.step, summary.steps_taken, summary.resumed_from) == (12, 12, None)
     assert steps(paths) == [9, 12]  # keep_last=2
     assert set(summary.files) == {"picture", "metrics", "log", "final model", "best model", "checkpoints"}
