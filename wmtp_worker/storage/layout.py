@@ -1,12 +1,19 @@
 """The layout of the work directory and of the bucket, spelled here and nowhere else.
 
-The work directory mirrors the bucket, so every key below is valid in both::
+The work directory mirrors the bucket, so nearly every key below is valid in both::
 
     models/<name>/…                    the hub's org/name is org--name
     datasets/<name>/…
     checkpoints/<run>/step_1000/…      files, then manifest.json, last
+    checkpoints/<run>/shared/…         <sha256>.safetensors: frozen tensors that manifests name by their digest
     checkpoints/<run>/final.pt         best_model.pt   heartbeat.json
     logs/<run>/…                       training.log   metrics.jsonl   report.png
+
+In the bucket several workers may believe that the run is theirs. So what one publishes there lies under keys that carry
+the epoch of its lease (none for epoch 0, that of workers without lease), and the manifest says which::
+
+    checkpoints/<run>/step_1000/manifest.json    step_1000/e7/<file>    shared/e7/<sha256>.safetensors
+    checkpoints/<run>/lease.json
 """
 
 import re
@@ -15,7 +22,9 @@ from pathlib import Path
 from typing import Literal
 
 MANIFEST = "manifest.json"
+SHARED = "shared"  # folder beside the steps
 _STEP = re.compile(r"step_(0|[1-9][0-9]*)")
+_EPOCH = re.compile(r"e([1-9][0-9]*)")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}")
 _ASSET_NAME = re.compile(r"\w[\w.-]*")
 _LONGEST_NAME = 200  # bytes: file systems allow 255, and hidden names beside it are longer
@@ -85,6 +94,19 @@ class RunPaths:
         return f"{key}/" if path in (self.checkpoints, self.logs) or parse_step(path.name) is not None else key
 
     @property
+    def shared(self) -> Path:
+        return self.checkpoints / SHARED
+
+    def blob(self, sha256: str) -> Path:
+        """The file of frozen tensors that manifests name by this digest."""
+        return self.shared / blob_name(sha256)
+
+    @property
+    def keys(self) -> "RunKeys":
+        """Where it all is in the bucket."""
+        return RunKeys(self.key(self.checkpoints))
+
+    @property
     def final(self) -> Path:
         return self.checkpoints / "final.pt"
 
@@ -113,5 +135,72 @@ class RunPaths:
         return self.logs / "metrics.jsonl"
 
     @property
+    def ledger(self) -> Path:
+        return self.logs / "ledger.jsonl"
+
+    @property
     def report(self) -> Path:
         return self.logs / "report.png"
+
+
+def blob_name(sha256: str) -> str:
+    """The file name of frozen tensors with this digest, in the folder `shared`."""
+    return f"{sha256}.safetensors"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Whose object a key of a run is: of a step, or (None) shared by several; of an epoch; under a name."""
+
+    step: int | None
+    epoch: int
+    name: str
+
+
+@dataclass(frozen=True)
+class RunKeys:
+    """Every key in the bucket of one run's checkpoints, all below `prefix` (which ends in `/`)."""
+
+    prefix: str
+
+    @property
+    def lease(self) -> str:
+        return f"{self.prefix}lease.json"
+
+    @property
+    def heartbeat(self) -> str:
+        return f"{self.prefix}heartbeat.json"
+
+    @property
+    def roots(self) -> tuple[str, str]:
+        """The prefixes under which all objects are that a `Place` can be told of."""
+        return f"{self.prefix}step_", f"{self.prefix}{SHARED}/"
+
+    def step(self, step: int) -> str:
+        """The prefix of a step, ending in `/`."""
+        return f"{self.prefix}{step_name(step)}/"
+
+    def manifest(self, step: int) -> str:
+        return self.step(step) + MANIFEST
+
+    def file(self, step: int, epoch: int, name: str) -> str:
+        """A file of the checkpoint that this epoch published."""
+        return f"{self.step(step)}{_part(epoch)}{name}"
+
+    def blob(self, epoch: int, sha256: str) -> str:
+        """Frozen tensors that manifests of this epoch name by their digest."""
+        return f"{self.prefix}{SHARED}/{_part(epoch)}{blob_name(sha256)}"
+
+    def place(self, key: str) -> Place | None:
+        """Whose object it is; None for what belongs to no step, for manifests, and for markers of empty folders."""
+        folder, _, rest = key.removeprefix(self.prefix).partition("/")
+        step = parse_step(folder)
+        if (step is None and folder != SHARED) or rest in ("", MANIFEST) or rest.endswith("/"):
+            return None
+        part, slash, name = rest.partition("/")
+        epoch = _EPOCH.fullmatch(part) if slash else None
+        return Place(step, int(epoch[1]), name) if epoch else Place(step, 0, rest)
+
+
+def _part(epoch: int) -> str:
+    return f"e{epoch}/" if epoch else ""
