@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from wmtp_worker.errors import InputError, IntegrityError, ObjectNotFound
 from wmtp_worker.storage.atomic import write_text
-from wmtp_worker.storage.layout import MANIFEST
+from wmtp_worker.storage.layout import MANIFEST, SHARED, blob_name
 from wmtp_worker.storage.transfer.paths import check_key, safe_path
 
 
@@ -31,10 +31,19 @@ class Seal(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     files: dict[str, FileEntry]
+    # what else manifests of checkpoints have: tensors that never change, kept once for all steps; whether all that a
+    # resume needs is there ("full"); whose files these are in the bucket
+    shared: dict[str, FileEntry] = Field(default_factory=dict)
+    kind: str = "full"
+    lease_epoch: int = Field(default=0, ge=0)
 
     @property
     def bytes(self) -> int:
-        return sum(entry.size for entry in self.files.values())
+        return sum(entry.size for entry in (*self.files.values(), *self.shared.values()))
+
+    def holds_the_same(self, other: "Seal") -> bool:
+        """Whether both stand for the same content, whoever published it."""
+        return (self.files, self.shared, self.kind) == (other.files, other.shared, other.kind)
 
 
 def file_entry(path: Path) -> FileEntry:
@@ -65,7 +74,7 @@ def parse_seal(data: bytes, where: str) -> Seal:
     """The files that a manifest names. Raises `IntegrityError` where it is none, or names what no folder may hold."""
     try:
         seal = Seal.model_validate(json.loads(data))
-        for name in seal.files:
+        for name in (*seal.files, *seal.shared):
             check_key(name)
     except (ValidationError, ValueError, RecursionError, InputError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
@@ -76,7 +85,7 @@ def parse_seal(data: bytes, where: str) -> Seal:
 
 
 def verify_folder(folder: Path) -> Seal:
-    """The seal of a local folder, after every file's size and SHA-256 were found right.
+    """The seal of a local folder, after every file's size and SHA-256 were found right; so were the shared ones.
 
     Raises `IntegrityError` at the first that is not, `ObjectNotFound` where the folder has no manifest.
     """
@@ -86,6 +95,9 @@ def verify_folder(folder: Path) -> Seal:
     except OSError as error:
         raise ObjectNotFound(f"{MANIFEST} cannot be read: {error.strerror}", where=where) from None
     check_files(folder, seal.files)
+    if seal.shared:
+        blobs = {blob_name(entry.sha256): entry for entry in seal.shared.values()}
+        check_files(folder.parent / SHARED, blobs)
     return seal
 
 
