@@ -271,6 +271,8 @@ def _remembered(value: float | None) -> deque[float]:
 
 def spell(seconds: float) -> str:
     """A length of time for people: `0.8 ms`, `12.0 s`, `4.9 min`, `24.0 h`, `2.0 d`."""
+    if seconds == 0:
+        return "0 s"
     for unit, size in (("d", DAY), ("h", 3600.0), ("min", 60.0)):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
