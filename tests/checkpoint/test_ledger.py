@@ -88,6 +88,8 @@ def test_a_torn_last_line_is_left_out_and_spoils_no_other(begin, tmp_path, keep)
         b'{"event": "start"}',
         b'{"event": "save", "process": "a", "time": 1, "step": -1, "pause": 0}',
         b'{"event": "save", "process": "a", "time": NaN, "step": 1, "pause": 0}',
+        b'{"event": "end", "process": "a", "time": 1e300, "step": 1, "how": "notice"}',
+        b'{"event": "save", "process": "a", "time": 1, "step": 1' + b"0" * 400 + b', "pause": 0}',
         b'{"event": "something new", "process": "a", "time": 1}',
         b"[" * 100_000,
     ],
@@ -148,7 +150,10 @@ def test_a_heartbeat_without_a_step_still_tells_the_time(begin):
     assert begin(heartbeats=[beat]).events[0].reached.time == beat["time"]
 
 
-@pytest.mark.parametrize("beat", [{}, {"time": "x", "step": 5}, {"time": float("nan"), "step": 5}, {"step": True}])
+@pytest.mark.parametrize(
+    "beat",
+    [{}, {"time": "x", "step": 5}, {"time": 1e300, "step": 5}, {"time": float("nan"), "step": 5}, {"step": True}],
+)
 def test_heartbeats_that_make_no_sense_count_for_nothing(begin, beat):
     assert begin(heartbeats=[beat]).events[0].reached.step == 0
 

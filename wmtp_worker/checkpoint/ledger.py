@@ -33,8 +33,10 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 log = logging.getLogger(__name__)
 
-Count = Annotated[int, Field(ge=0)]
-Seconds = Annotated[float, Field(ge=0)]
+# the limits keep sums finite and dates printable, whatever a file says
+Count = Annotated[int, Field(ge=0, le=10**15)]
+Seconds = Annotated[float, Field(ge=0, le=1e12)]
+Time = Annotated[float, Field(ge=0, le=2.5e11)]
 How = Literal["finished", "notice", "failed"]
 _TAIL = 1 << 18  # bytes of metrics.jsonl that are looked at
 _LATEST = 100  # steps whose mean time counts
@@ -45,7 +47,7 @@ class _Line(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
     process: str = Field(description="random, one for each process")
-    time: float = Field(description="seconds since the epoch")
+    time: Time = Field(description="seconds since the epoch")
 
 
 class Reached(BaseModel):
@@ -54,7 +56,7 @@ class Reached(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
     step: Count = 0
-    time: float | None = None
+    time: Time | None = None
     seconds_per_step: Seconds | None = None
 
 
@@ -62,7 +64,7 @@ class Start(_Line):
     event: Literal["start"] = "start"
     host: str
     pid: int
-    gpus: Annotated[int, Field(ge=1)] = Field(description="1 for a machine without")
+    gpus: Annotated[int, Field(ge=1, le=10**6)] = Field(description="1 for a machine without")
     price_per_hour: Seconds | None = Field(default=None, description="of the machine, not of a GPU")
     resume: Literal["auto", "never"] | Count = "auto"
     reached: Reached = Reached()

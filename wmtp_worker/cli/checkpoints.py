@@ -2,11 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from wmtp_worker.cli.options import Json
+
+if TYPE_CHECKING:
+    from wmtp_worker.checkpoint.losses import Losses
 
 app = typer.Typer(no_args_is_help=True, help="List and verify the checkpoints of a run.")
 
@@ -15,13 +18,23 @@ RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Name of the run
 
 @app.command()
 def ls(run: RunArgument, as_json: Json = False) -> None:
-    """List the checkpoints of a run, oldest first, without reading their tensors.
+    """List the checkpoints of a run, oldest first, without reading their tensors, and what its interruptions cost.
 
     wmtp checkpoints ls baseline-smoke
     """
+    from wmtp_worker.checkpoint.ledger import read_ledger
     from wmtp_worker.checkpoint.listing import list_checkpoints
+    from wmtp_worker.checkpoint.losses import summarise
 
-    _show([item.to_json() for item in list_checkpoints(_paths(run))], as_json)
+    paths = _paths(run)
+    items = [item.to_json() for item in list_checkpoints(paths)]
+    losses = summarise(read_ledger(paths.ledger))
+    if as_json:
+        typer.echo(json.dumps({"checkpoints": items, "losses": losses.to_json()}, indent=1))
+        return
+    _show(items)
+    if losses.processes:
+        _show_losses(losses)
 
 
 @app.command()
@@ -36,7 +49,11 @@ def verify(run: RunArgument, as_json: Json = False) -> None:
     from wmtp_worker.errors import WRONG
 
     items = list_checkpoints(_paths(run), verified=True)
-    _show([item.to_json() for item in items], as_json)
+    shown = [item.to_json() for item in items]
+    if as_json:
+        typer.echo(json.dumps(shown, indent=1))
+    else:
+        _show(shown)
     if any(item.problem for item in items):
         raise typer.Exit(WRONG)
 
@@ -61,14 +78,11 @@ def _paths(run: str) -> Any:
     return paths
 
 
-def _show(items: list[dict[str, Any]], as_json: bool) -> None:
+def _show(items: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    if as_json:
-        typer.echo(json.dumps(items, indent=1))
-        return
     table = Table("checkpoint", "created (UTC)", "size", "status")
     for item in items:
         size = f"{item['bytes'] / 1e6:,.1f} MB" if item["bytes"] is not None else "?"
@@ -77,3 +91,36 @@ def _show(items: list[dict[str, Any]], as_json: bool) -> None:
             item["name"], item["created"] or "?", size, escape(item["problem"] or item["status"]), style=style
         )
     Console().print(table)
+
+
+def _show_losses(losses: "Losses") -> None:
+    from datetime import UTC, datetime
+
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from wmtp_worker.checkpoint.interval import spell
+
+    console = Console()
+    if losses.interruptions:
+        right = ("from step", "steps lost", "work", "restart", "GPU time lost", "money", "away")
+        table = Table("went on (UTC)", "host", "ended by")
+        for column in right:
+            table.add_column(column, justify="right")
+        for item in losses.interruptions:
+            table.add_row(
+                f"{datetime.fromtimestamp(item.time, UTC):%Y-%m-%d %H:%M:%S}",
+                escape(item.host),
+                item.how,
+                "0" if item.resumed_from is None else f"{item.resumed_from}",
+                f"{item.steps}",
+                spell(item.work_seconds),
+                # the phases say where a slow start could be made quicker
+                "\n".join([spell(item.restart_seconds), *(f"{escape(k)} {spell(v)}" for k, v in item.restart.items())]),
+                spell(item.gpu_seconds),
+                "" if item.money is None else f"{item.money:,.2f}",
+                "?" if item.away is None else spell(item.away),
+            )
+        console.print(table)
+    console.print(losses.sentence(), highlight=False)
