@@ -22,6 +22,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.container)
+            # one worker builds the image for all of them
+            item.add_marker(pytest.mark.xdist_group("container"))
             # the first of them waits for the image, perhaps for its base
             item.add_marker(pytest.mark.timeout(3600))
 
