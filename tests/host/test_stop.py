@@ -4,11 +4,12 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
 from wmtp_worker.errors import Interrupted
-from wmtp_worker.host.stop import SIGNALS, STOP, StopRequest
+from wmtp_worker.host.stop import GRACE, SIGNALS, STOP, StopRequest
 
 # says when it is ready, then works in steps of Python and of C until it is asked to stop
 WORKER = """
@@ -16,6 +17,8 @@ import sys, time
 from wmtp_worker.errors import WorkerError
 from wmtp_worker.host.stop import STOP
 STOP.install()
+if "noticed" in sys.argv:
+    STOP.request("a notice", time.monotonic() + 100, machine_goes=True)
 print("ready", flush=True)
 try:
     for _ in range(400):
@@ -66,6 +69,17 @@ def test_a_second_signal_ends_at_once(worker, first, second):
     assert process.wait(timeout=10) == 128 + second
 
 
+def test_the_first_signal_after_a_notice_does_not_cut_off_the_save(worker):
+    # a machine that is shut down after its notice sends SIGTERM to all that runs on it
+    process = worker("noticed", "deaf")
+    process.send_signal(signal.SIGTERM)
+    assert process.stderr.readline().startswith("wmtp: SIGTERM: stopping")
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=0.3)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == 128 + signal.SIGTERM
+
+
 def test_a_closed_stderr_does_not_matter(worker):
     process = worker()
     process.stderr.close()
@@ -83,6 +97,70 @@ def test_a_request_without_a_signal():
     assert (stop.requested, stop.reason) == (True, "a notice")
     with pytest.raises(Interrupted, match="stopped by a notice"):
         stop.check()
+
+
+def test_the_first_reason_and_the_earliest_deadline_are_kept():
+    stop = StopRequest()
+    assert (stop.deadline, stop.seconds_left, stop.machine_goes) == (None, None, False)
+    now = time.monotonic()
+    stop.request("first")
+    assert stop.seconds_left is None
+    stop.request("second", now + 120, machine_goes=True)
+    stop.request("third", now + 30)
+    stop.request("fourth", now + 60)
+    assert (stop.reason, stop.deadline, stop.machine_goes) == ("first", now + 30, True)
+    assert 25 < stop.seconds_left <= 30
+    stop.request("fifth", now - 5)
+    assert stop.seconds_left == 0
+
+
+def test_a_warning_asks_for_one_save_and_no_stop():
+    stop = StopRequest()
+    assert (stop.save_soon, stop.take_save()) == (False, None)
+    stop.warn("rebalance")
+    stop.warn("maintenance")
+    assert (stop.save_soon, stop.requested) == (True, False)
+    assert stop.take_save() == "rebalance"
+    assert (stop.save_soon, stop.take_save()) == (False, None)
+
+
+@pytest.mark.parametrize(
+    ("grace", "number", "seconds"),
+    [
+        ("30", signal.SIGTERM, 30),
+        ("0.5", signal.SIGTERM, 0.5),
+        ("30", signal.SIGINT, None),
+        ("30", signal.SIGHUP, None),
+        ("", signal.SIGTERM, None),
+        ("soon", signal.SIGTERM, None),
+        ("-1", signal.SIGTERM, None),
+        ("nan", signal.SIGTERM, None),
+        (None, signal.SIGTERM, None),
+    ],
+)
+def test_the_grace_after_sigterm_is_what_the_host_gives(monkeypatch, grace, number, seconds):
+    monkeypatch.delenv(GRACE, raising=False)
+    if grace is not None:
+        monkeypatch.setenv(GRACE, grace)
+    with StopRequest() as stop:
+        signal.raise_signal(number)
+        assert stop.requested
+        assert not stop.machine_goes
+        if seconds is None:
+            assert stop.deadline is None
+        else:
+            assert seconds - 0.4 < stop.seconds_left <= seconds
+
+
+def test_everything_is_forgotten_with_the_signals():
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        stop.request("a notice", 0.0, machine_goes=True)
+        stop.warn("rebalance")
+    assert (stop.requested, stop.deadline, stop.machine_goes, stop.save_soon) == (False, None, False, False)
+    with stop:
+        signal.raise_signal(signal.SIGTERM)  # the first again, not the second
+        assert stop.reason == "SIGTERM"
 
 
 def test_a_request_is_seen_by_other_threads():

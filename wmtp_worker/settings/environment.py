@@ -36,6 +36,7 @@ OTHER: Mapping[str, str] = MappingProxyType(
         "WMTP_ENV_FILE": "file to read instead of ./.env",
         "WMTP_VENV": "where start.sh and test.sh keep their Python environment (.venv at the root)",
         "WMTP_IMAGE": "set to 1 by the image: use its Python and make no environment",
+        "WMTP_STOP_GRACE_SECONDS": "seconds from SIGTERM to SIGKILL on this host (not known: a full save is tried)",
         "WMTP_BASE_IMAGE": "base image of the container tests",
         "WMTP_REQUIRE_CONTAINERS": "1 makes the container tests fail, not skip, where there is no Docker engine",
         "WMTP_TEST_DATA": "folder that holds mbpp/mbpp.jsonl, for the tests and benchmarks on real data",
