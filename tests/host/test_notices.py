@@ -61,6 +61,10 @@ def watch(server, which, stop, **options):
     return NoticeWatcher(which, stop, environ=server.environ(which), interval=0.02, **options)
 
 
+def watching():
+    return [thread.name for thread in threading.enumerate() if thread.name == "notices"]
+
+
 def left(notice):
     return notice.deadline - time.monotonic()
 
@@ -392,15 +396,13 @@ def test_a_service_that_breaks_does_not_end_the_watching(server, stop, monkeypat
 @pytest.mark.parametrize("fault", ["stall", "drip"])
 def test_close_cuts_off_a_call_and_joins(server, stop, fault):
     server.fault = fault
-    before = threading.active_count()
     watcher = watch(server, "azure", stop)
     until(lambda: server.asked)
     began = time.monotonic()
     watcher.close()
     watcher.close()
     assert time.monotonic() - began < 1
-    assert not watcher._thread.is_alive()
-    assert threading.active_count() <= before + 1  # the server's own
+    assert watching() == []
 
 
 def test_close_while_google_keeps_us_waiting(server, stop):
@@ -409,7 +411,7 @@ def test_close_while_google_keeps_us_waiting(server, stop):
     began = time.monotonic()
     watcher.close()
     assert time.monotonic() - began < 1
-    assert not watcher._thread.is_alive()
+    assert watching() == []
 
 
 # --- which one -----------------------------------------------------------------------------------------------------
@@ -437,9 +439,8 @@ def test_auto_finds_older_ec2(machine):
 def test_auto_costs_nothing_elsewhere(machine, stop, files, caplog, monkeypatch):
     caplog.set_level(logging.DEBUG)
     monkeypatch.setattr(socket, "create_connection", lambda *_: pytest.fail("asked the network"))
-    before = threading.active_count()
     with NoticeWatcher("auto", stop, environ={}, root=machine(files)) as watcher:
-        assert threading.active_count() == before
+        assert watching() == []
         assert watcher.source is None
     assert caplog.text == ""
 

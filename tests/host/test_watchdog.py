@@ -152,22 +152,24 @@ def test_an_error_ends_the_pause(ended):
         assert ended.wait(2)
 
 
+def watching():
+    return [thread.name for thread in threading.enumerate() if thread.name == "watchdog"]
+
+
 def test_zero_is_off(ended):
-    before = threading.active_count()
     with Watchdog(0) as watchdog:
         watchdog.beat()
         with watchdog.pause("nothing"):
-            assert threading.active_count() == before
+            assert watching() == []
     watchdog.close()
     assert not ended.is_set()
 
 
 def test_the_thread_is_joined():
-    before = threading.active_count()
     with Watchdog(1800):
-        assert threading.active_count() == before + 1
+        assert watching() == ["watchdog"]
         began = time.monotonic()
-    assert threading.active_count() == before
+    assert watching() == []
     assert time.monotonic() - began < 1
 
 
