@@ -366,6 +366,30 @@ def test_a_deadline_far_away_is_a_warning_until_it_is_near(server, stop):
     assert 130 < stop.seconds_left <= 141
 
 
+def test_a_deadline_that_comes_nearer_counts(server, stop, caplog):
+    server.schedule("Terminate", 140)
+    with watch(server, "azure", stop):
+        until(lambda: stop.requested)
+        assert 130 < stop.seconds_left <= 141
+        server.events.clear()
+        server.schedule("Terminate", 20)
+        until(lambda: stop.seconds_left < 30)
+        asked = len(server.asked)
+        until(lambda: len(server.asked) > asked + 6)
+        assert len(stop._requests) == 2  # not one more with each poll
+    assert caplog.text.count("stopping") == 1
+
+
+def test_only_a_service_that_never_answered_is_asked_less_often(server, stop):
+    watcher = NoticeWatcher("none", stop, interval=5)
+    watcher._failures = 2
+    assert watcher._pause() == 20
+    watcher._failures = 100_000
+    assert watcher._pause() == 60
+    watcher._answered = True
+    assert watcher._pause() == 5
+
+
 def test_trouble_is_told_once_and_passes(server, stop, caplog):
     caplog.set_level(logging.INFO)
     server.fault = "500"

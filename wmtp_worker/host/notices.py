@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 INTERVAL = 5.0  # seconds between two polls
 # a machine that goes later than this is used until then
 AHEAD = 150.0
-_SLOWEST = 60.0
+_SLOWEST = 60.0  # of the polls of a service that never answered
 _PATIENCE = 3  # failures in a row before anybody is told
 _GRACE_SECONDS = 5.0
 
@@ -53,7 +53,7 @@ def service_of(which: Which, environ: Mapping[str, str] = os.environ, root: Path
 class NoticeWatcher:
     """A thread that polls one metadata service, and turns what it says into requests to stop or to save.
 
-    It begins at once and delays nothing. A service that is away is asked less and less often, and never fails the run.
+    It begins at once and delays nothing. A service that never answers is asked less and less often; none fails the run.
     Where a machine runs several ranks, one watcher is enough: the flag is agreed (`training.agreement`).
     """
 
@@ -73,6 +73,7 @@ class NoticeWatcher:
         self._interval = interval
         self._ahead = ahead
         self._failures = 0
+        self._answered = False
         self._seen: set[tuple[bool, str]] = set()  # what was acted upon: (a stop or a warning, detail)
         self._closing = threading.Event()
         self._service = service_of(which, environ, root)
@@ -100,7 +101,6 @@ class NoticeWatcher:
         self.close()
 
     def _run(self, service: Service) -> None:
-        first = True
         while not self._closing.is_set():
             began = time.monotonic()
             try:
@@ -108,14 +108,19 @@ class NoticeWatcher:
             except Exception as error:  # whatever it is, the watching goes on
                 self._failed(service, error)
             else:
-                if first or self._failures >= _PATIENCE:
+                if not self._answered or self._failures >= _PATIENCE:
                     log.info("notices of %s are watched", service.name)
-                first, self._failures = False, 0
+                self._answered, self._failures = True, 0
                 for notice in notices:
                     self._heed(notice)
             # a poll that waited for news has spent the interval already
-            pause = min(_SLOWEST, self._interval * 2.0 ** min(self._failures, 10))
-            self._closing.wait(max(0.0, began + pause - time.monotonic()))
+            self._closing.wait(max(0.0, began + self._pause() - time.monotonic()))
+
+    def _pause(self) -> float:
+        """Seconds from one poll to the next. One that has answered before is not given up: the notice may be next."""
+        if self._answered:
+            return self._interval
+        return min(_SLOWEST, self._interval * 2.0 ** min(self._failures, 10))
 
     def _failed(self, service: Service, error: Exception) -> None:
         if self._closing.is_set():
@@ -133,10 +138,12 @@ class NoticeWatcher:
     def _heed(self, notice: Notice) -> None:
         left = None if notice.deadline is None else notice.deadline - time.monotonic()
         stops = notice.certain and (left is None or left <= self._ahead)
+        reason = f"a notice of {notice.source}: {notice.detail}"
         if (stops, notice.detail) in self._seen:
+            if stops and _is_earlier(notice.deadline, self._stop.deadline):
+                self._stop.request(reason, notice.deadline, machine_goes=True)
             return
         self._seen.add((stops, notice.detail))
-        reason = f"a notice of {notice.source}: {notice.detail}"
         when = "" if left is None else f", in {max(0.0, left):.0f} s"
         if stops:
             log.warning("%s%s: stopping", reason, when)
@@ -144,3 +151,8 @@ class NoticeWatcher:
         else:
             log.warning("%s%s: saving soon", reason, when)
             self._stop.warn(reason)
+
+
+def _is_earlier(deadline: float | None, known: float | None) -> bool:
+    # by a second: the clocks that deadlines are read from show no less
+    return deadline is not None and (known is None or deadline < known - 1.0)
