@@ -10,9 +10,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from wmtp_worker.errors import CheckpointError, InputError, IntegrityError
 from wmtp_worker.storage.atomic import write_text
 from wmtp_worker.storage.layout import MANIFEST, step_name
-from wmtp_worker.storage.seal import FileEntry, check_files
+from wmtp_worker.storage.seal import FileEntry, check_each
 
 FORMAT_VERSION = 1
+SHARED = "shared"
+SHARED_SUFFIX = ".safetensors"
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
@@ -34,10 +36,20 @@ class Manifest(BaseModel):
     base_model_digest: str | None = None
     world_size: int = 1
     tracking_run_id: str | None = None
-    trainable: Literal["all"] = "all"
+    trainable: Literal["all", "part"] = "all"
+    kind: Literal["full", "trainable"] = Field(
+        "full",
+        description="trainable: saved in a hurry, without the optimizer's state; only an explicit resume takes it",
+    )
     worker_version: str
     torch_version: str
     files: dict[str, FileEntry]
+    shared: dict[str, FileEntry] = Field({}, description="frozen tensors, kept once a run under their SHA-256")
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of everything it names."""
+        return sum(entry.size for entry in (*self.files.values(), *self.shared.values()))
 
     def write(self, folder: Path) -> None:
         write_text(folder / MANIFEST, self.model_dump_json(indent=1) + "\n")
@@ -74,17 +86,30 @@ def parse_manifest(data: bytes, name: str, where: str) -> Manifest:
         raise CheckpointError(f"{MANIFEST} is malformed: {error!r}", where=where) from None
     if name != step_name(manifest.step):
         raise CheckpointError(f"{MANIFEST} is of step {manifest.step}", where=where)
-    for file in manifest.files:
+    for file in (*manifest.files, *manifest.shared):
         if not _PLAIN_NAME.fullmatch(file):
             raise CheckpointError(f"{MANIFEST} names a file outside its folder, or none: {file!r}", where=where)
     return manifest
 
 
-def verify(folder: Path) -> Manifest:
-    """The manifest, after every file's size and SHA-256 were found right. Raises `CheckpointError` at the first not."""
+def shared_path(folder: Path, entry: FileEntry) -> Path:
+    """Where the shared file lies that the manifest of the checkpoint `folder` names."""
+    return folder.parent / SHARED / f"{entry.sha256}{SHARED_SUFFIX}"
+
+
+def verify(folder: Path, rank: int = 0, world: int = 1) -> Manifest:
+    """The manifest, after every file's size and SHA-256 were found right. Raises `CheckpointError` at the first not.
+
+    Of `world` ranks that verify together, each reads its share of the files.
+    """
     manifest = read_manifest(folder)
+    files = [(folder, name, entry) for name, entry in manifest.files.items()]
+    shared = (shared_path(folder, entry) for entry in manifest.shared.values())
+    files += [(path.parent, path.name, entry) for path, entry in zip(shared, manifest.shared.values(), strict=True)]
+    # the largest first, so that the two that are read at once end together
+    files.sort(key=lambda file: -file[2].size)
     try:
-        check_files(folder, manifest.files)
+        check_each(files[rank::world])
     except (IntegrityError, InputError) as error:
         raise CheckpointError(error.what, where=str(folder)) from None
     return manifest

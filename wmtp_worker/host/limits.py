@@ -34,6 +34,18 @@ def memory_limit(root: Path = ROOT) -> int | None:
     return min((value for value in found if value is not None), default=None)
 
 
+def memory_available(root: Path = ROOT) -> int | None:
+    """Bytes of memory that are still free to this process, as far as the machine and its own limit say; None if unknown.
+
+    What other processes in the same container use counts only against the machine.
+    """
+    free = _meminfo(root, "MemAvailable")
+    limit, own = memory_limit(root), _resident(root)
+    if limit is None or own is None:
+        return free
+    return max(0, limit - own if free is None else min(free, limit - own))
+
+
 def disk_free(path: Path) -> int:
     """Bytes an ordinary user may still write at `path`, or at its nearest parent that exists."""
     while not os.path.exists(path) and path != path.parent:  # Path.exists would raise for a long name
@@ -82,10 +94,19 @@ def _bytes(file: Path) -> int | None:
 
 
 def _total_memory(root: Path) -> int | None:
+    return _meminfo(root, "MemTotal")
+
+
+def _meminfo(root: Path, name: str) -> int | None:
     for line in (_text(root / "proc/meminfo") or "").splitlines():
-        if line.startswith("MemTotal:"):
+        if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     return None
+
+
+def _resident(root: Path) -> int | None:
+    words = (_text(root / "proc/self/statm") or "").split()
+    return int(words[1]) * os.sysconf("SC_PAGE_SIZE") if len(words) > 1 else None
 
 
 def _number(file: Path) -> int | None:

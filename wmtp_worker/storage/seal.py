@@ -6,8 +6,9 @@ in `sealed`.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -32,14 +33,15 @@ class Seal(BaseModel):
 
     files: dict[str, FileEntry]
     # what else manifests of checkpoints have: tensors that never change, kept once for all steps; whether all that a
-    # resume needs is there ("full"); whose files these are in the bucket
+    # resume needs is there ("full"); in the bucket, whose files these are, and what belongs beside the checkpoint
     shared: dict[str, FileEntry] = Field(default_factory=dict)
     kind: str = "full"
     lease_epoch: int = Field(default=0, ge=0)
+    beside: dict[str, FileEntry] = Field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
-        return sum(entry.size for entry in (*self.files.values(), *self.shared.values()))
+        return sum(entry.size for entry in self.files.values())
 
     def holds_the_same(self, other: "Seal") -> bool:
         """Whether both stand for the same content, whoever published it."""
@@ -74,7 +76,7 @@ def parse_seal(data: bytes, where: str) -> Seal:
     """The files that a manifest names. Raises `IntegrityError` where it is none, or names what no folder may hold."""
     try:
         seal = Seal.model_validate(json.loads(data))
-        for name in (*seal.files, *seal.shared):
+        for name in (*seal.files, *seal.shared, *seal.beside):
             check_key(name)
     except (ValidationError, ValueError, RecursionError, InputError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
@@ -103,16 +105,33 @@ def verify_folder(folder: Path) -> Seal:
 
 def check_files(folder: Path, files: Mapping[str, FileEntry]) -> None:
     """Read every file and compare size and SHA-256. Raises `IntegrityError` at the first that is not right."""
-    where = str(folder)
-    for name, entry in files.items():
-        try:
-            path = safe_path(folder, name)
-            found = path.stat().st_size
-            if found != entry.size:
-                raise IntegrityError(f"{name} has {found} bytes instead of {entry.size}", where=where)
-            if file_entry(path).sha256 != entry.sha256:
-                raise IntegrityError(f"{name} was changed: its SHA-256 differs", where=where)
-        except FileNotFoundError:
-            raise IntegrityError(f"{name} is missing", where=where) from None
-        except OSError as error:
-            raise IntegrityError(f"{name} cannot be read: {error.strerror}", where=where) from None
+    check_each([(folder, name, entry) for name, entry in files.items()])
+
+
+def check_each(files: Sequence[tuple[Path, str, FileEntry]]) -> None:
+    """As `check_files`, for files (folder, name, what it should be) of several folders; two are read at once."""
+    for folder, name, entry in files:  # a missing one is found out before gigabytes are read
+        with _reading(folder, name):
+            found = safe_path(folder, name).stat().st_size
+        if found != entry.size:
+            raise IntegrityError(f"{name} has {found} bytes instead of {entry.size}", where=str(folder))
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(_check_digest, files))
+
+
+def _check_digest(file: tuple[Path, str, FileEntry]) -> None:
+    folder, name, entry = file
+    with _reading(folder, name):
+        same = file_entry(folder / name).sha256 == entry.sha256
+    if not same:
+        raise IntegrityError(f"{name} was changed: its SHA-256 differs", where=str(folder))
+
+
+@contextmanager
+def _reading(folder: Path, name: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise IntegrityError(f"{name} is missing", where=str(folder)) from None
+    except OSError as error:
+        raise IntegrityError(f"{name} cannot be read: {error.strerror}", where=str(folder)) from None
