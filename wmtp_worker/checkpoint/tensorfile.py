@@ -1,8 +1,8 @@
 """The bytes of a safetensors file, laid out before they are there.
 
 The format (https://huggingface.co/docs/safetensors/index#format): 8 bytes, little-endian, the header's length; the
-header, JSON, padded with spaces; the tensors' bytes without gaps. As the stock serialiser does, tensors are ordered by
-dtype, largest alignment first, then by name, so that each one is aligned. We lay files out ourselves because the stock
+header, JSON, padded with spaces; the tensors' bytes without gaps. Tensors are ordered by size of their
+elements, largest first, then by dtype and name, so that each one is aligned. We lay files out ourselves because the stock
 one copies every byte while it holds the GIL, which stops the training loop for as long.
 """
 

@@ -1,0 +1,306 @@
+"""The background saver: what overlaps, what waits, what is dropped, what an error does."""
+
+import logging
+import threading
+import time
+
+import pytest
+import torch
+
+from wmtp_worker.checkpoint import restore, staging, store
+from wmtp_worker.checkpoint import saver as saver_module
+from wmtp_worker.checkpoint.saver import Saver
+from wmtp_worker.checkpoint.snapshot import MODEL, OPTIMIZER, Snapshot
+from wmtp_worker.errors import DiskFullError, Interrupted, TrainingDiverged
+
+from .conftest import FACTS
+
+
+class Brake:
+    """Stands in for `store.write`: each call stops until it is let go, and counts."""
+
+    def __init__(self, monkeypatch):
+        self._write, self._go = store.write, threading.Semaphore(0)
+        self.begun = []
+        monkeypatch.setattr(saver_module.store, "write", self)
+
+    def __call__(self, paths, snapshot, **options):
+        self.begun.append(snapshot.step)
+        assert self._go.acquire(timeout=20)
+        return self._write(paths, snapshot, **options)
+
+    def let_go(self, times=1):
+        self._go.release(times)
+
+    def wait_for(self, begun):
+        limit = time.monotonic() + 20
+        while self.begun != begun:
+            assert time.monotonic() < limit, self.begun
+            time.sleep(0.005)
+
+
+@pytest.fixture
+def brake(monkeypatch):
+    return Brake(monkeypatch)
+
+
+@pytest.fixture
+def slow_copies(monkeypatch):
+    copy = staging._copy
+
+    def slowly(view, tensor):
+        time.sleep(0.02)
+        copy(view, tensor)
+
+    monkeypatch.setattr(staging, "_copy", slowly)
+
+
+def loaded(paths, step):
+    checkpoint = restore.find(paths, step)
+    return checkpoint.model_tensors()
+
+
+def tear(paths, gated):
+    """Save many tensors, change them all at once; whether the checkpoint has some of the old and some of the new."""
+    tensors = {f"w{number}": torch.zeros(1000) for number in range(40)}
+    with Saver(paths) as saver:
+        saver.prepare({MODEL: tensors})
+        saver.save(Snapshot(1, {MODEL: tensors}, {}, FACTS))
+        if gated:
+            saver.gate()
+        else:
+            time.sleep(0.1)
+        for value in tensors.values():
+            value.fill_(1.0)
+        saver.flush()
+    return {float(value.max()) for value in loaded(paths, 1).values()} != {0.0}
+
+
+def test_no_tensor_is_torn_behind_the_gate(paths, slow_copies):
+    assert not tear(paths, gated=True)
+
+
+def test_the_gate_is_what_prevents_it(paths, slow_copies):
+    assert tear(paths, gated=False)
+
+
+def test_a_save_does_not_wait_for_the_disk_and_takes_documents_by_value(paths, snapshot, brake):
+    written = []
+    with Saver(paths, written=lambda step, folder: written.append((step, folder.name))) as saver:
+        taken = snapshot(3)
+        saver.save(taken)
+        taken.documents["state.json"]["step"] = 99
+        saver.gate()
+        taken.tensors[MODEL]["w"].fill_(-1)
+        assert saver.pending == {3}
+        assert saver.remaining > 8000
+        assert not written
+        brake.let_go()
+        assert saver.flush(20)
+    assert written == [(3, "step_3")]
+    assert saver.last.step == 3
+    assert (saver.pending, saver.remaining) == (frozenset(), 0)
+    assert (loaded(paths, 3)["w"] == 3).all()
+    assert restore.find(paths, 3).document("state.json", dict) == {"step": 3}
+
+
+def test_the_newest_takes_the_place_of_the_one_that_waits(paths, snapshot, brake, caplog):
+    caplog.set_level(logging.INFO)
+    with Saver(paths) as saver:
+        saver.save(snapshot(1))
+        brake.wait_for([1])
+        for step in (2, 3, 4):
+            saver.save(snapshot(step))
+            saver.gate()
+        assert saver.pending == {1, 4}
+        brake.let_go(2)
+        saver.flush()
+    assert paths.steps() == [1, 4]
+    assert (loaded(paths, 4)["w"] == 4).all()
+    assert "step_2 is not written: step_3 came first" in caplog.text
+    assert "step_3 is not written: step_4 came first" in caplog.text
+
+
+def test_with_one_buffer_the_next_save_waits_at_the_gate(paths, snapshot, brake):
+    ticks = []
+
+    def tick():
+        ticks.append(time.monotonic())
+        brake.let_go(2)
+
+    with Saver(paths, buffers=1, tick=tick) as saver:
+        assert saver.prepare(snapshot(1).tensors) == sum(
+            file.nbytes for buffers in saver._free for file in buffers.files.values()
+        )
+        saver.save(snapshot(1))
+        brake.wait_for([1])
+        saver.save(snapshot(2))
+        assert not ticks
+        saver.gate()  # let go by the first tick
+        saver.flush()
+    assert ticks
+    assert paths.steps() == [1, 2]
+
+
+def test_what_tick_raises_ends_the_waiting_and_the_save_is_not_lost(paths, snapshot, brake):
+    def tick():
+        brake.let_go(2)
+        raise Interrupted("stopped")
+
+    saver = Saver(paths, buffers=1, tick=tick)
+    saver.save(snapshot(1))
+    brake.wait_for([1])
+    saver.save(snapshot(2))
+    with pytest.raises(Interrupted):
+        saver.gate()
+    saver._tick = lambda: None
+    assert saver.save_now(snapshot(2)).name == "step_2"
+    saver.close()
+    assert paths.steps() == [1, 2]
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_full_disk_skips_the_save_and_nothing_else(paths, snapshot, monkeypatch, caplog, background):
+    write, full, rooms = store.write, [True, True], []
+
+    def sometimes(*args, **options):
+        if full and full.pop():
+            raise DiskFullError("the disk is full")
+        return write(*args, **options)
+
+    monkeypatch.setattr(saver_module.store, "write", sometimes)
+    with Saver(paths, background=background, make_room=lambda: rooms.append(1)) as saver:
+        saver.save(snapshot(1))
+        saver.flush()
+        assert (saver.skipped, rooms) == (1, [1])
+        assert "step_1 is NOT saved" in caplog.text
+        full.append(True)  # room helps
+        saver.save(snapshot(2))
+        saver.flush()
+    assert saver.skipped == 1
+    assert paths.steps() == [2]
+
+
+def test_other_errors_are_raised_by_the_next_call_once(paths, snapshot):
+    def inspect(tensors):
+        if not all(value.isfinite().all() for value in tensors[MODEL].values()):
+            raise TrainingDiverged("not finite")
+
+    with Saver(paths, inspect=inspect) as saver:
+        bad = snapshot(1)
+        bad.tensors[MODEL]["w"][3] = float("nan")
+        saver.save(bad)
+        with pytest.raises(TrainingDiverged):
+            saver.flush()
+        saver.save(snapshot(2))
+        saver.flush()
+    assert paths.steps() == [2]
+
+
+def test_an_error_of_the_callback_is_raised_too(paths, snapshot):
+    def written(step, folder):
+        raise ZeroDivisionError
+
+    saver = Saver(paths, written=written)
+    saver.save(snapshot(1))
+    with pytest.raises(ZeroDivisionError):
+        saver.flush()
+    saver.close()
+    assert paths.steps() == [1]
+
+
+def test_inline_saves_go_through_the_same_code(paths, snapshot):
+    before = threading.active_count()
+    written = []
+    with Saver(paths, background=False, written=lambda step, folder: written.append(step)) as saver:
+        assert saver.prepare(snapshot(1).tensors) == 0
+        saver.save(snapshot(1))
+        assert written == [1]
+        saver.gate()
+        assert threading.active_count() == before
+        assert saver.last.pause >= saver.last.write > 0
+    assert (loaded(paths, 1)["w"] == 1).all()
+
+
+def test_without_memory_for_a_copy_saves_block_and_say_so(paths, snapshot, monkeypatch, caplog):
+    size = staging.nbytes(store.contents_of(snapshot(1)))
+    monkeypatch.setattr(staging, "memory_available", lambda: 3 * size)
+    with Saver(paths) as saver:
+        assert saver.prepare(snapshot(1).tensors) == size  # one copy, not two
+    assert "waits for a save where the one before it is not written yet" in caplog.text
+    monkeypatch.setattr(staging, "memory_available", lambda: size)
+    with Saver(paths) as saver:
+        assert saver.prepare(snapshot(1).tensors) == 0
+        saver.save(snapshot(1))
+        assert paths.steps() == [1]
+    assert "the training stops for each save" in caplog.text
+
+
+def test_a_copy_that_gets_no_memory_is_written_at_the_gate(paths, snapshot, monkeypatch, caplog):
+    with Saver(paths) as saver:
+        saver.prepare({})
+
+        def lay_out(self, contents):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+        monkeypatch.setattr(staging.Buffers, "lay_out", lay_out)
+        saver.save(snapshot(1))
+        saver.gate()
+        assert paths.steps() == [1]
+        saver.save(snapshot(2))
+        saver.flush()
+    assert paths.steps() == [1, 2]
+    assert "no copy of step_1 can be made" in caplog.text
+
+
+def test_the_layout_follows_the_tensors(paths, snapshot):
+    with Saver(paths) as saver:
+        for step, size in ((1, 10), (2, 1000), (3, 5)):
+            saver.save(snapshot(step, size=size))
+            saver.flush()
+    assert [len(loaded(paths, step)["w"]) for step in (1, 2, 3)] == [10, 1000, 5]
+
+
+def test_an_emergency_save_finishes_the_one_being_written_and_drops_the_one_that_waits(paths, snapshot, brake, caplog):
+    caplog.set_level(logging.INFO)
+    with Saver(paths, tick=lambda: brake.let_go(9)) as saver:
+        saver.save(snapshot(1))
+        brake.wait_for([1])
+        saver.save(snapshot(2))
+        saver.gate()
+        saver.save_now(snapshot(3))
+        assert paths.steps() == [1, 3]
+        assert "step_2 is not written: step_3 came first" in caplog.text
+        saver.save(snapshot(4))
+        saver.flush()
+    assert paths.steps() == [1, 3, 4]
+
+
+def test_an_emergency_save_of_the_step_being_written_waits_for_it(paths, snapshot, brake):
+    with Saver(paths, tick=lambda: brake.let_go(9)) as saver:
+        saver.save(snapshot(1))
+        brake.wait_for([1])
+        assert saver.save_now(snapshot(1)).name == "step_1"
+    assert brake.begun == [1]
+
+
+def test_an_emergency_save_of_the_weights_alone(paths, snapshot, caplog):
+    with Saver(paths) as saver:
+        saver.save(snapshot(1))
+        saver.flush()
+        saver.save_now(snapshot(2), kind="trainable")
+    assert restore.find(paths, "auto").manifest.step == 1
+    assert "--resume 2 takes it" in caplog.text
+    checkpoint = restore.find(paths, 2)
+    assert checkpoint.manifest.kind == "trainable"
+    assert (checkpoint.has(MODEL), checkpoint.has(OPTIMIZER)) == (True, False)
+
+
+def test_close_finishes_what_was_begun_and_joins_its_threads(paths, snapshot):
+    before = threading.active_count()
+    saver = Saver(paths)
+    saver.save(snapshot(1))
+    saver.close()
+    saver.close()
+    assert paths.steps() == [1]
+    assert threading.active_count() == before
