@@ -390,16 +390,22 @@ def test_only_a_service_that_never_answered_is_asked_less_often(server, stop):
     assert watcher._pause() == 5
 
 
-def test_trouble_is_told_once_and_passes(server, stop, caplog):
+@pytest.mark.parametrize("answered", [False, True])
+def test_trouble_is_told_once_and_so_is_its_end(server, stop, caplog, answered):
     caplog.set_level(logging.INFO)
-    server.fault = "500"
+    server.fault = None if answered else "500"
     with watch(server, "ec2", stop):
+        if answered:
+            until(lambda: "are watched" in caplog.text)
+            server.fault = "500"
         until(lambda: "does not answer" in caplog.text)
+        asked = len(server.asked)
+        until(lambda: len(server.asked) > asked + 2)
         server.fault = None
         server.interrupt()
         until(lambda: stop.requested)
     assert caplog.text.count("does not answer") == 1
-    assert caplog.text.count("are watched") == 1
+    assert caplog.text.count("are watched") == 1 + answered
 
 
 def test_a_service_that_breaks_does_not_end_the_watching(server, stop, monkeypatch):
