@@ -2,11 +2,12 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 from datetime import timedelta
 
 import pytest
 
-from wmtp_worker.errors import BucketNotFound, IntegrityError, ObjectNotFound, PreconditionFailed, TransientError
+from wmtp_worker.errors import BucketNotFound, IntegrityError, ObjectNotFound, TransientError
 from wmtp_worker.storage import CloudSync
 from wmtp_worker.storage.layout import RunPaths
 from wmtp_worker.storage.seal import seal_folder
@@ -47,13 +48,29 @@ def content(cloud: CloudSync, step: int) -> str:
     return (RunPaths(cloud.workdir, RUN).step(step) / "model.safetensors").read_text()
 
 
-def publish(cloud: CloudSync, *steps: int) -> None:
+@contextmanager
+def holding(cloud: CloudSync, began: int | None = None):
+    """The run's side under a lease of its own, that went on from the newest published step."""
     side = cloud.run(RUN)
-    for step in steps:
-        checkpoint(cloud, step)
-        side.publish_logs()
-        side.publish_file(side.paths.best)
-        assert side.publish(step, replace=False)
+    lease = cloud.hold(side)
+    lease.began(max(side.published_steps(), default=0) if began is None else began)
+    try:
+        yield side
+    finally:
+        cloud.let_go(lease)
+
+
+def publish(cloud: CloudSync, *steps: int) -> None:
+    with holding(cloud) as side:
+        for step in steps:
+            checkpoint(cloud, step)
+            side.publish_logs()
+            assert side.publish(step)
+
+
+def of_step(cloud: CloudSync, step: int, name: str) -> str:
+    """The key of a published file, whoever published it."""
+    return next(info.key for info in cloud.store.list(f"checkpoints/{RUN}/step_{step}/") if info.key.endswith(name))
 
 
 @pytest.mark.parametrize(
@@ -103,7 +120,7 @@ def test_a_damaged_local_one_is_set_aside_for_the_buckets(machine):
 def test_a_damaged_one_in_the_bucket_is_passed_over_loudly(machine, caplog, damage):
     other = machine("other")
     publish(other, 40, 60)
-    key = f"checkpoints/{RUN}/step_60/" + ("manifest.json" if damage == "manifest" else "model.safetensors")
+    key = of_step(other, 60, "manifest.json" if damage == "manifest" else "model.safetensors")
     if damage == "missing":
         other.store.delete(key)
     else:
@@ -130,16 +147,23 @@ def test_a_step_that_is_asked_for(machine):
 def test_publishing_again_sends_nothing(machine):
     here = machine("here")
     publish(here, 20)
-    assert here.run(RUN).publish(20, replace=False) is False
+    with holding(here) as side:
+        assert side.publish(20) is False
 
 
-def test_another_checkpoint_under_the_same_name_is_replaced_only_on_request(machine):
+def test_another_checkpoint_under_the_same_name_is_replaced_by_a_later_epoch(machine):
     publish(machine("other"), 20)
     here = machine("here")
     checkpoint(here, 20, "other weights")
-    with pytest.raises(PreconditionFailed):
-        here.run(RUN).publish(20, replace=False)
-    assert here.run(RUN).publish(20, replace=True)
+    with holding(here, began=0) as side:
+        assert side.publish(20)
+    assert {info.key.split("/")[3] for info in here.store.list(f"checkpoints/{RUN}/step_20/")} == {
+        "manifest.json",
+        "e1",
+        "e2",
+    }
+    with holding(here) as side:
+        assert side.sweep() == 2 + 2  # files of step 20, best model and metrics
     third = machine("third")
     assert third.run(RUN).fetch_checkpoint("auto") == 20
     assert content(third, 20) == "other weights 20"
@@ -149,44 +173,83 @@ def test_half_sent_checkpoints_do_not_exist_and_are_completed(machine):
     other, here = machine("other"), machine("here")
     publish(other, 20, 40)
     other.store.delete(f"checkpoints/{RUN}/step_40/manifest.json")
-    other.store.put(f"checkpoints/{RUN}/step_40/left-over", b"of another try")
+    other.store.put(f"checkpoints/{RUN}/step_40/e1/left-over", b"of another try")
     assert here.run(RUN).published_steps() == [20]
-    assert other.run(RUN).publish(40, replace=False)
+    with holding(other) as side:
+        assert side.publish(40)
+        side.sweep()
     keys = {info.key for info in other.store.list(f"checkpoints/{RUN}/step_40/")}
     assert keys == {
-        f"checkpoints/{RUN}/step_40/{name}" for name in ("manifest.json", "model.safetensors", "state.json")
+        f"checkpoints/{RUN}/step_40/{name}" for name in ("manifest.json", "e2/model.safetensors", "e2/state.json")
     }
 
 
-def test_pruning_keeps_the_last_and_removes_half_sent_ones(machine, monkeypatch):
+def steps_left(cloud: CloudSync) -> set[str]:
+    return {info.key.split("/")[2] for info in cloud.store.list(f"checkpoints/{RUN}/step_")}
+
+
+def test_pruning_keeps_the_last_and_removes_half_sent_ones(machine):
     here = machine("here")
     publish(here, 10, 20, 30, 40, 60)
     here.store.delete(f"checkpoints/{RUN}/step_10/manifest.json")
-    # 60 is later than the one just saved: it takes nobody's place
-    assert here.run(RUN).prune(keep_last=2, newest=40) == [20]
-    assert here.run(RUN).published_steps() == [30, 40, 60]
-    left = {info.key.split("/")[2] for info in here.store.list(f"checkpoints/{RUN}/step_")}
+    with holding(here) as side:
+        here.store.put(f"checkpoints/{RUN}/step_70/e2/model.safetensors", b"on its way")
+        # 60 is later than the one just saved: it takes nobody's place
+        assert side.prune(keep_last=2, newest=40) == [20]
+        assert side.published_steps() == [30, 40, 60]
+    assert steps_left(here) == {"step_30", "step_40", "step_60", "step_70"}
+    assert here.store.head(f"checkpoints/{RUN}/best_model.pt").size > 0
+
+
+def test_without_a_lease_what_is_half_sent_stays_for_days(machine, monkeypatch):
+    here = machine("here")
+    side = here.run(RUN)
+    for step in (10, 20, 40):
+        checkpoint(here, step)
+        assert side.publish(step)
+    assert {info.key.split("/")[3] for info in here.store.list(f"checkpoints/{RUN}/step_10/")} == {
+        "manifest.json",
+        "model.safetensors",
+        "state.json",
+    }
+    here.store.delete(f"checkpoints/{RUN}/step_10/manifest.json")
+    assert side.prune(keep_last=1, newest=40) == [20]
     # 10 may be on its way right now; days later nobody sends it any more
-    assert left == {"step_10", "step_30", "step_40", "step_60"}
-    monkeypatch.setattr("wmtp_worker.storage.runs._ABANDONED", timedelta(seconds=-60))
+    assert steps_left(here) == {"step_10", "step_40"}
+    monkeypatch.setattr("wmtp_worker.storage.retention._ABANDONED", timedelta(seconds=-60))
     monkeypatch.setattr(type(here.store), "sweep", lambda *arguments: 0)
-    here.run(RUN).prune(keep_last=2, newest=40)
-    left = {info.key.split("/")[2] for info in here.store.list(f"checkpoints/{RUN}/step_")}
-    assert left == {"step_30", "step_40", "step_60"}
-    assert here.run(RUN).store.head(f"checkpoints/{RUN}/best_model.pt").size > 0
+    side.prune(keep_last=1, newest=40)
+    assert steps_left(here) == {"step_40"}
+
+
+def test_multiples_and_the_newest_that_verifies_stay(machine):
+    here = machine("here")
+    publish(here, 10, 20, 30, 40, 50)
+    with holding(here) as side:
+        here.store.put(of_step(here, 50, "model.safetensors"), b"WEIGHTS 50")
+        here.store.put(of_step(here, 40, "model.safetensors"), b"WEIGHTS 40")
+        assert side.prune(keep_last=1, newest=50, keep_every=20) == [10]
+        assert side.published_steps() == [20, 30, 40, 50]
 
 
 def test_later_steps_are_set_aside_in_the_bucket(machine):
     here = machine("here")
     publish(here, 20, 40, 60)
-    assert here.run(RUN).set_aside_after(20) == [40, 60]
-    assert here.run(RUN).published_steps() == [20]
+    with holding(here, began=20) as side:
+        assert side.set_aside_after(20) == [40, 60]
+        assert side.published_steps() == [20]
     aside = sorted(info.key.split("/", 3)[3] for info in here.store.list(f"checkpoints/{RUN}/set-aside-"))
-    assert [name for name in aside if not name.startswith("step_")] == ["best_model.pt", "logs/metrics.jsonl"]
+    assert [name for name in aside if not name.startswith(("step_", "shared/"))] == [
+        "best_model.pt",
+        "logs/metrics.jsonl",
+    ]
+    assert len([name for name in aside if name.startswith("shared/e1/")]) == 4
     assert not here.run(RUN).fetch_file(RunPaths(here.workdir, RUN).best)
     aside = [name for name in aside if name.startswith("step_")]
     assert aside == [
-        f"step_{step}/{name}" for step in (40, 60) for name in ("manifest.json", "model.safetensors", "state.json")
+        f"step_{step}/{name}"
+        for step in (40, 60)
+        for name in ("e1/model.safetensors", "e1/state.json", "manifest.json")
     ]
 
 
@@ -237,7 +300,7 @@ def test_the_methods_that_carry_one_thing(machine, tmp_path):
 def test_what_is_passed_over_leaves_logs_and_best_model_as_they_are(machine):
     other, here = machine("other"), machine("here")
     publish(other, 60)
-    other.store.put(f"checkpoints/{RUN}/step_60/model.safetensors", b"WEIGHTS 60")
+    other.store.put(of_step(other, 60, "model.safetensors"), b"WEIGHTS 60")
     checkpoint(here, 40, "local")
     paths = RunPaths(here.workdir, RUN)
     before = paths.best.read_text(), paths.metrics.read_text()
@@ -274,17 +337,17 @@ def test_a_hostile_manifest_is_passed_over(machine, manifest):
     assert here.run(RUN).fetch_checkpoint("auto") == 40
     # and where the run comes to that step itself, it is replaced
     checkpoint(here, 60)
-    with pytest.raises(IntegrityError):
-        here.run(RUN).publish(60, replace=False)
-    assert here.run(RUN).publish(60, replace=True)
+    with holding(here, began=40) as side:
+        assert side.publish(60)
     assert machine("third").run(RUN).fetch_checkpoint("auto") == 60
 
 
 def test_a_published_checkpoint_that_rots_is_repaired(machine):
     here = machine("here")
     publish(here, 20)
-    here.store.put(f"checkpoints/{RUN}/step_20/model.safetensors", b"WEIGHTS 20")
-    assert here.run(RUN).publish(20, replace=False)
+    here.store.put(of_step(here, 20, "model.safetensors"), b"WEIGHTS 20")
+    with holding(here) as side:
+        assert side.publish(20)
     third = machine("third")
     assert third.run(RUN).fetch_checkpoint("auto") == 20
     assert content(third, 20) == "weights 20"
@@ -293,9 +356,10 @@ def test_a_published_checkpoint_that_rots_is_repaired(machine):
 def test_pruning_does_not_count_what_is_not_whole(machine):
     here = machine("here")
     publish(here, 20, 40)
-    here.store.delete(f"checkpoints/{RUN}/step_40/model.safetensors")
-    assert here.run(RUN).prune(keep_last=1, newest=40) == []
-    assert here.run(RUN).published_steps() == [20, 40]
+    here.store.delete(of_step(here, 40, "model.safetensors"))
+    with holding(here) as side:
+        assert side.prune(keep_last=1, newest=40) == []
+        assert side.published_steps() == [20, 40]
 
 
 def test_files_that_vanish_while_they_are_published_take_the_manifest_back(machine, monkeypatch):
@@ -305,13 +369,14 @@ def test_files_that_vanish_while_they_are_published_take_the_manifest_back(machi
 
     def put_and_lose(store, key, data, **options):
         if key.endswith("step_20/manifest.json"):
-            store.delete(f"checkpoints/{RUN}/step_20/model.safetensors")  # another worker's pruning
+            store.delete(f"checkpoints/{RUN}/step_20/e1/model.safetensors")  # somebody's hand
         return put(store, key, data, **options)
 
     monkeypatch.setattr(type(here.store), "put", put_and_lose)
-    with pytest.raises(TransientError, match="while they were published"):
-        here.run(RUN).publish(20, replace=False)
-    assert here.run(RUN).published_steps() == []
+    with holding(here) as side:
+        with pytest.raises(TransientError, match="while they were published"):
+            side.publish(20)
+        assert side.published_steps() == []
 
 
 def test_markers_of_empty_folders_are_in_nobodys_way(machine, server, monkeypatch):
@@ -324,9 +389,10 @@ def test_markers_of_empty_folders_are_in_nobodys_way(machine, server, monkeypatc
             here.store.put(marker, b"")
         monkeypatch.undo()
     checkpoint(here, 60)
-    assert here.run(RUN).publish(60, replace=False)
-    assert here.run(RUN).prune(keep_last=1, newest=60) == [20, 40]
-    assert here.run(RUN).set_aside_after(20) == [60]
+    with holding(here) as side:
+        assert side.publish(60)
+        assert side.prune(keep_last=1, newest=60) == [20, 40]
+        assert side.set_aside_after(20) == [60]
 
 
 def test_beginnings_that_nobody_goes_on_with_are_removed(machine):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from wmtp_worker.errors import Interrupted, WorkerError
+from wmtp_worker.storage.seldom import Seldom
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class Background:
 
     def __init__(self, retry_seconds: float = _RETRY_SECONDS) -> None:
         self._retry_seconds = retry_seconds
+        self._seldom = Seldom(log)
         self._changed = threading.Condition()
         self._waiting: dict[str, _Job] = {}
         self._failed: dict[str, tuple[_Job, str, float]] = {}
@@ -146,7 +148,8 @@ class Background:
         except Interrupted as error:
             return error.what
         except (WorkerError, OSError) as error:
-            log.warning(job.complaint, job.name, error)
+            # while a bucket is away each attempt fails in the same way
+            self._seldom.warn(job.slot, job.complaint, job.name, error)
             return str(error)
         except Exception as error:  # a bug must not end the training either
             log.exception(job.complaint, job.name, "by a bug")

@@ -6,20 +6,37 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-from wmtp_worker.errors import InputError, StorageError
-from wmtp_worker.settings import CloudSettings, load
+from wmtp_worker.errors import InputError, RunHeldError, SettingsError, StorageError
+from wmtp_worker.settings import CheckpointSettings, CloudSettings, load
 from wmtp_worker.storage.background import Background
-from wmtp_worker.storage.layout import RunPaths
+from wmtp_worker.storage.layout import RunPaths, step_name
+from wmtp_worker.storage.lease import Lease
+from wmtp_worker.storage.lease_file import read_lease, workdir_id
 from wmtp_worker.storage.objects import ObjectInfo
 from wmtp_worker.storage.open import open_store
+from wmtp_worker.storage.runlock import run_lock
 from wmtp_worker.storage.runs import RunSync
 from wmtp_worker.storage.transfer import Report, Transfer
 
 log = logging.getLogger(__name__)
 
 STATE = ".sync"
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How a run in the bucket is held: see the settings `checkpoint.lease…`, times in seconds."""
+
+    lease: bool = True
+    seconds: float = 60.0
+    wait: float = 0.0
+
+    @classmethod
+    def of(cls, settings: CheckpointSettings) -> Self:
+        """As the settings say."""
+        return cls(settings.lease, settings.lease_seconds, settings.lease_wait)
 
 
 @dataclass
@@ -48,9 +65,17 @@ class CloudSync:
     there, and runs have nothing to sync.
     """
 
-    def __init__(self, cloud: CloudSettings, workdir: Path, check: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        cloud: CloudSettings,
+        workdir: Path,
+        check: Callable[[], None] = lambda: None,
+        terms: Terms = Terms(),
+    ) -> None:
         """Opens the bucket without asking it anything yet. `check` is polled during transfers and may raise."""
         self.workdir = workdir
+        self.terms = terms
+        self._leases: list[Lease] = []
         self.check = check
         self.here = is_here(cloud, workdir)
         if self.here:
@@ -117,31 +142,81 @@ class CloudSync:
         """The checkpoints and logs of one run."""
         return RunSync(self.transfer, RunPaths(self.workdir, name))
 
-    def sync_checkpoints(self, run: str, keep_last: int | None = None) -> Synced:
+    def hold(self, side: RunSync, status: Callable[[], Mapping[str, Any]] | None = None) -> Lease | None:
+        """Take the lease of a run, and keep it until `close`; None where the terms are to have none.
+
+        The caller must hold the run's lock in the work directory. What `status` returns is put into the bucket's
+        `heartbeat.json`. Raises as `Lease.acquire` does; without leases `SettingsError` where others use them.
+        """
+        if not self.terms.lease:
+            if read_lease(self.store, side.keys.lease) is not None:
+                raise SettingsError(
+                    "checkpoint.lease is false, and this run is trained under leases",
+                    where=f"{self.store.url}/{side.keys.lease}",
+                    fix="set checkpoint.lease=true; or, if no worker trains this run, delete that object",
+                )
+            return None
+        lease = Lease.acquire(
+            self.store,
+            side.keys,
+            seconds=self.terms.seconds,
+            wait=self.terms.wait,
+            workdir_id=workdir_id(self.workdir / STATE),
+            check=self._poll,
+        )
+        self._leases.append(lease)
+        lease.start(status)
+        side.hold(lease)
+        return lease
+
+    def let_go(self, lease: Lease) -> None:
+        """Let others have the run at once, and end the lease's thread."""
+        lease.release()
+        if lease.close():
+            self._leases.remove(lease)
+
+    def sync_checkpoints(
+        self, run: str, keep_last: int | None = None, *, keep_every: int = 0, fetch: bool = True
+    ) -> Synced:
         """Bring both sides to the newest checkpoint that verifies (the table in `storage.runs`), exports included.
 
         Publishes the local steps that are newer than the bucket's, `final.pt` and `best_model.pt`; with `keep_last`
-        older published steps are deleted afterwards. Training must not be under way in the same work directory.
+        older published steps are deleted afterwards, multiples of `keep_every` left out. Without `fetch` nothing is
+        downloaded. Nothing is done while a worker trains the run, here or elsewhere: that is not safe then.
         """
         result, side = Synced(), self.run(run)
         if self.here:
             return result
         try:
-            result.fetched = side.fetch_checkpoint("auto")
-            newest = max(side.published_steps(), default=-1)
-        except (StorageError, InputError) as error:
+            with run_lock(side.paths.lock):
+                lease = self.hold(side)
+                try:
+                    self._sync_checkpoints(side, lease, keep_last, keep_every, fetch, result)
+                finally:
+                    if lease is not None:
+                        self.let_go(lease)
+        except (StorageError, InputError, RunHeldError) as error:
             log.warning("the checkpoints of %s stay where they are: %s", run, error)
-            result.not_safe = {f"step_{step}": str(error) for step in side.paths.steps()}
-            return result
-        for step in side.paths.steps():
-            if step > newest and self._try(f"step_{step}", lambda step=step: side.publish(step, False), result):  # type: ignore[misc]
+            result.not_safe |= {step_name(step): str(error) for step in side.paths.steps()}
+        return result
+
+    def _sync_checkpoints(
+        self, side: RunSync, lease: Lease | None, keep_last: int | None, keep_every: int, fetch: bool, result: Synced
+    ) -> None:
+        if fetch:
+            result.fetched = side.fetch_checkpoint("auto")
+        newest = max(side.published_steps(), default=-1)
+        later = [step for step in side.paths.steps() if step > newest]
+        if later and lease is not None:
+            lease.began(max(newest, 0))
+        for step in later:
+            if self._try(step_name(step), lambda step=step: side.publish(step), result):  # type: ignore[misc]
                 result.published.append(step)
         for path in (side.paths.best, side.paths.final):
             if path.exists():
                 self._try(path.name, lambda path=path: side.publish_file(path), result)  # type: ignore[misc]
         if keep_last is not None and result.published:
-            self._try("pruning", lambda: side.prune(keep_last, max(result.published)), result)
-        return result
+            self._try("pruning", lambda: side.prune(keep_last, max(result.published), keep_every), result)
 
     def sync_logs(self, run: str) -> bool:
         """Upload what is new in the run's logs; whether all of it is in the bucket now."""
@@ -150,7 +225,7 @@ class CloudSync:
     def _try(self, name: str, work: Callable[[], object], result: Synced) -> bool:
         try:
             work()
-        except (StorageError, InputError, OSError) as error:
+        except (StorageError, InputError, RunHeldError, OSError) as error:
             log.warning("%s is not in the bucket, kept locally: %s", name, error)
             result.not_safe[name] = str(error)
             return False
@@ -184,11 +259,18 @@ class CloudSync:
         try:
             return background.close(self._close_seconds if seconds is None else seconds, tick)
         finally:
-            # one that hangs in the network would only be waited for again
-            if not background.stuck:
+            # one that hangs in the network would only be waited for again; what it may still send, it sends as holder
+            if background.stuck:
+                for lease in self._leases:
+                    lease.close()
+            else:
                 self._give_back()
 
     def _give_back(self) -> None:
+        for lease in list(self._leases):
+            self.let_go(lease)
+        if self._leases:
+            return  # its thread hangs in the network, and uses the store
         self.transfer.close()
         self.store.close()
 
@@ -207,4 +289,4 @@ def get_cloud_sync_from_env() -> CloudSync:
     Raises `SettingsError`. The bucket is not asked anything yet.
     """
     settings = load()
-    return CloudSync(settings.cloud, settings.run.workdir)
+    return CloudSync(settings.cloud, settings.run.workdir, terms=Terms.of(settings.checkpoint))

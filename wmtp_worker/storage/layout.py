@@ -23,6 +23,7 @@ from typing import Literal
 
 MANIFEST = "manifest.json"
 SHARED = "shared"  # folder beside the steps
+BLOB = ".safetensors"
 _STEP = re.compile(r"step_(0|[1-9][0-9]*)")
 _EPOCH = re.compile(r"e([1-9][0-9]*)")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}")
@@ -145,7 +146,7 @@ class RunPaths:
 
 def blob_name(sha256: str) -> str:
     """The file name of frozen tensors with this digest, in the folder `shared`."""
-    return f"{sha256}.safetensors"
+    return sha256 + BLOB
 
 
 @dataclass(frozen=True)
@@ -187,9 +188,9 @@ class RunKeys:
         """A file of the checkpoint that this epoch published."""
         return f"{self.step(step)}{_part(epoch)}{name}"
 
-    def blob(self, epoch: int, sha256: str) -> str:
-        """Frozen tensors that manifests of this epoch name by their digest."""
-        return f"{self.prefix}{SHARED}/{_part(epoch)}{blob_name(sha256)}"
+    def blob(self, epoch: int, sha256: str, suffix: str = BLOB) -> str:
+        """Frozen tensors, or a file beside the checkpoint, that manifests of this epoch name by their digest."""
+        return f"{self.prefix}{SHARED}/{_part(epoch)}{sha256}{suffix}"
 
     def place(self, key: str) -> Place | None:
         """Whose object it is; None for what belongs to no step, for manifests, and for markers of empty folders."""

@@ -12,102 +12,147 @@ step 60 damaged  step 60          step 60 is fetched, the damaged one set aside
 step 40          step 60 damaged  nothing to fetch; step 60 is passed over, loudly
 """
 
-import contextlib
+import json
 import logging
 import shutil
-from collections import defaultdict
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from wmtp_worker.errors import InputError, IntegrityError, ObjectNotFound
-from wmtp_worker.storage.atomic import PARTIAL_PREFIX, SET_ASIDE_PREFIX, set_aside
-from wmtp_worker.storage.layout import MANIFEST, RunPaths, parse_step
-from wmtp_worker.storage.objects import ObjectInfo
-from wmtp_worker.storage.seal import verify_folder
-from wmtp_worker.storage.sealed import is_complete, pull_sealed, push_sealed, read_seal
+from wmtp_worker.storage.atomic import PARTIAL_PREFIX, disk_errors, set_aside
+from wmtp_worker.storage.layout import MANIFEST, RunPaths
+from wmtp_worker.storage.lease import Lease
+from wmtp_worker.storage.publish import Publisher
+from wmtp_worker.storage.published import Catalogue, Published, beside_key, for_the_disk
+from wmtp_worker.storage.retention import Retention
+from wmtp_worker.storage.seal import Seal, verify_folder
+from wmtp_worker.storage.sealed import check_room, fetch_files, fetch_folder, is_same
 from wmtp_worker.storage.transfer import Report, Transfer
 
 log = logging.getLogger(__name__)
 
-# a large file takes hours on a slow line; what is older belongs to no live worker
-_ABANDONED = timedelta(days=3)
+Accept = Callable[[bytes, str], object]
+_LARGEST_HEARTBEAT = 1 << 20
 
 
 class RunSync:
-    """The checkpoints, exports and logs of one run, carried between a work directory and a bucket."""
+    """The checkpoints, exports and logs of one run, carried between a work directory and a bucket.
 
-    def __init__(self, transfer: Transfer, paths: RunPaths) -> None:
+    Reading needs no lease. What is published, deleted or moved without one is epoch 0's, and nobody is kept from doing
+    the same at the same time.
+    """
+
+    def __init__(self, transfer: Transfer, paths: RunPaths, lease: Lease | None = None) -> None:
         self.transfer = transfer
         self.store = transfer.store
         self.paths = paths
-        self.prefix = paths.key(paths.checkpoints)
+        self.keys = paths.keys
+        self.catalogue = Catalogue(self.store, self.keys, lease)
+        self._publisher = Publisher(transfer, paths, self.catalogue)
+        self._retention = Retention(paths, self.catalogue)
+
+    def hold(self, lease: Lease) -> None:
+        """Do from now on everything under this lease."""
+        self.catalogue.lease = lease
 
     def published_steps(self) -> list[int]:
-        """The steps that have a manifest in the bucket, ascending."""
-        return sorted(step for step, objects in self._steps().items() if self._manifest(step) in objects)
+        """The steps in the bucket that a run might go on from, by their manifests, ascending."""
+        view = self.catalogue.look()
+        return [step for step in view.steps if view.manifests[step].seal is None or view.manifests[step].full]
 
-    def fetch_checkpoint(
-        self, resume: str | int, accept: Callable[[bytes, str], object] = lambda manifest, folder: None
-    ) -> int | None:
+    # --- from the bucket -------------------------------------------------------------------------------------
+
+    def fetch_checkpoint(self, resume: str | int, accept: Accept = lambda manifest, folder: None) -> int | None:
         """Put the checkpoint to resume from into the work directory, if the bucket has it and the disk does not.
 
         The logs and the best model that belong to one that is newer than all here come just before it: once it is
         there, all of the run is. `accept` sees a manifest and its folder's name, and raises `IntegrityError` where they
         make no checkpoint. Returns the step, None where there was nothing to fetch. One that does not verify is passed
-        over with a warning. Raises the store's errors, and `IntegrityError` where a step that was asked for is damaged.
+        over with a warning; one with nothing but weights is taken only if its step is asked for. Raises the store's
+        errors, and `IntegrityError` where a step that was asked for is damaged.
         """
         if resume == "never":
             return None
-        remote, local = self.published_steps(), self.paths.steps()
+        view, local = self.catalogue.look(), self.paths.steps()
+        must = isinstance(resume, int)
+        remote = {step: view.manifests[step] for step in view.steps}
+        if not must:
+            remote = {step: one for step, one in remote.items() if one.full or one.seal is None}
         wanted = [resume] if isinstance(resume, int) else sorted({*remote, *local}, reverse=True)
         fetched = None
         for step in wanted:
-            if step in local and self._verifies(step, accept, also_remote=step in remote):
+            if step in local and self._verifies(step, accept, must, also_remote=step in remote):
                 break
-            if step in remote and self._fetch(step, accept, must=isinstance(resume, int), newest=step == remote[-1]):
+            if step in remote and self._fetch(remote[step], accept, must, newest=step == max(remote)):
                 fetched = step
                 break
         self._drop_beginnings()
         return fetched
 
-    def _verifies(self, step: int, accept: Callable[[bytes, str], object], also_remote: bool) -> bool:
+    def _verifies(self, step: int, accept: Accept, must: bool, also_remote: bool) -> bool:
+        """Whether the local checkpoint is what is wanted; if not, and the bucket has another, it is set aside."""
         folder = self.paths.step(step)
         try:
-            verify_folder(folder)
+            seal = verify_folder(folder)
             accept((folder / MANIFEST).read_bytes(), folder.name)
+            if must or seal.kind == "full":
+                return True
+            reason = "has no more than weights"
         except (IntegrityError, ObjectNotFound, InputError) as error:
-            if also_remote:
-                log.warning("%s does not verify, taking the bucket's: %s", folder, error.what)
-                set_aside(self.paths.checkpoints, [folder])
-            return False
-        return True
+            reason = f"does not verify: {error.what}"
+        if also_remote:
+            log.warning("taking the bucket's: %s %s", folder, reason)
+            set_aside(self.paths.checkpoints, [folder])
+        return False
 
-    def _fetch(self, step: int, accept: Callable[[bytes, str], object], must: bool, newest: bool) -> bool:
-        folder = self.paths.step(step)
-
-        def companions() -> None:
-            if step <= max(self.paths.steps(), default=-1):
-                return  # what is here is as new
-            self.fetch_logs()
-            # where somebody goes back, the best model may be of what comes after
-            if newest or not must:
-                self.fetch_file(self.paths.best)
-
+    def _fetch(self, published: Published, accept: Accept, must: bool, newest: bool) -> bool:
+        folder = self.paths.step(published.step)
+        where = f"{self.store.url}/{self.keys.step(published.step)}"
         try:
-            pull_sealed(
-                self.transfer,
-                self.paths.key(folder),
-                folder,
-                accept=lambda manifest: accept(manifest, folder.name),
-                before=companions,
-            )
+            if published.seal is None:
+                raise IntegrityError(published.problem or "the manifest is malformed", where=where)
+            seal, manifest = published.seal, for_the_disk(published.data)
+            accept(manifest, folder.name)
+            self._fetch_shared(seal)
+            keys = {name: self.keys.file(published.step, seal.lease_epoch, name) for name in seal.files}
+
+            def companions() -> None:
+                if published.step > max(self.paths.steps(), default=-1):  # else what is here is as new
+                    # where somebody goes back, the best model may be of what comes after
+                    self._fetch_companions(seal, best_too=newest or not must)
+
+            fetch_folder(self.transfer, keys, seal, manifest, folder, companions)
         except (IntegrityError, ObjectNotFound) as error:
             if must:
                 raise
-            log.warning("passed over step_%d in the bucket: %s", step, error)
+            log.warning("passed over step_%d in the bucket: %s", published.step, error)
             return False
         return True
+
+    def _fetch_shared(self, seal: Seal) -> None:
+        """Download the frozen tensors that are not here yet."""
+        entries = {self.paths.blob(entry.sha256): entry for entry in seal.shared.values()}
+        missing = {path: entry for path, entry in entries.items() if not path.exists()}
+        if not missing:
+            return
+        with disk_errors(self.paths.shared):
+            self.paths.shared.mkdir(parents=True, exist_ok=True)
+        check_room(self.paths.shared, sum(entry.size for entry in missing.values()))
+        keys = {path: (self.keys.blob(seal.lease_epoch, entry.sha256), entry) for path, entry in missing.items()}
+        fetch_files(self.transfer, keys)
+
+    def _fetch_companions(self, seal: Seal, best_too: bool) -> None:
+        self.fetch_logs()
+        known = {path.name: path for path in (self.paths.best, self.paths.metrics)}
+        beside = {name: entry for name, entry in seal.beside.items() if name in known}
+        # those under plain names may be of a worker that was taken for dead; these are the manifest's own
+        fetch_files(
+            self.transfer,
+            {known[name]: (beside_key(self.keys, seal.lease_epoch, name, one), one) for name, one in beside.items()},
+        )
+        if not seal.beside and best_too:
+            self.fetch_file(self.paths.best)
 
     def _drop_beginnings(self) -> None:
         """Remove beginnings of downloads that nobody goes on with."""
@@ -126,87 +171,58 @@ class RunSync:
         """Download the run's logs, in place of the local ones; one that cannot be had is left out with a warning."""
         _warn(self.transfer.pull(self.paths.key(self.paths.logs), self.paths.logs), "fetched")
 
-    def publish(self, step: int, replace: bool) -> bool:
-        """Publish a local checkpoint, whole or not at all; see `sealed.push_sealed`."""
-        return push_sealed(self.transfer, self.paths.step(step), self.paths.key(self.paths.step(step)), replace=replace)
+    def read_heartbeat(self) -> dict[str, Any] | None:
+        """What the last worker said of itself in `heartbeat.json`; None where that cannot be understood."""
+        try:
+            _, data = self.store.get(self.keys.heartbeat, 0, _LARGEST_HEARTBEAT)
+            document = json.loads(bytes(data))
+        except (ObjectNotFound, ValueError, RecursionError):
+            return None
+        return document if isinstance(document, dict) else None
+
+    # --- to the bucket ---------------------------------------------------------------------------------------
+
+    def publish(self, step: int) -> bool:
+        """Publish a local checkpoint, whole or not at all; whether anything was sent. See `publish.Publisher`."""
+        sent = self._publisher.publish(step)
+        self._show_best(step)
+        return sent
+
+    def _show_best(self, step: int) -> None:
+        """Let people find the best model that went with a checkpoint under its plain name, too."""
+        published, plain = self.catalogue.manifest(step), self.paths.key(self.paths.best)
+        entry = published.seal.beside.get(self.paths.best.name) if published and published.seal else None
+        if published is None or entry is None:
+            return
+        try:
+            info = self.store.head(plain)
+        except ObjectNotFound:
+            info = None
+        if not is_same(self.store, info, entry):
+            self.catalogue.ensure()
+            self.store.copy(beside_key(self.keys, published.epoch, self.paths.best.name, entry), plain)
 
     def publish_file(self, path: Path) -> None:
         """Upload one file of the run's checkpoint folder, unless the bucket has the same."""
-        self.transfer.push(self.paths.checkpoints, self.prefix, include=[f"/{path.name}"]).raise_for_failures()
+        self.catalogue.ensure()
+        self.transfer.push(self.paths.checkpoints, self.keys.prefix, include=[f"/{path.name}"]).raise_for_failures()
 
     def publish_logs(self) -> None:
         """Upload what is new in the run's logs; one that cannot be sent is left out with a warning."""
+        self.catalogue.ensure()
         _warn(self.transfer.push(self.paths.logs, self.paths.key(self.paths.logs)), "uploaded")
 
-    def prune(self, keep_last: int, newest: int) -> list[int]:
-        """Delete all but the last `keep_last` whole published steps up to `newest`, and half-sent ones of long ago.
+    def prune(self, keep_last: int, newest: int, keep_every: int = 0) -> list[int]:
+        """Delete old checkpoints from the bucket; see `retention.Retention`."""
+        return self._retention.prune(keep_last, newest, keep_every)
 
-        The manifest goes first: a crash leaves no checkpoint that only looks whole. Returns the published ones deleted.
-        """
-        steps = {step: objects for step, objects in self._steps().items() if step <= newest}
-        published = [step for step, objects in steps.items() if self._manifest(step) in objects]
-        whole = sorted(step for step in published if self._whole(step, steps[step]))
-        # those that are not whole take nobody's place, and go with the ones around them
-        doomed = [step for step in sorted(published) if len(whole) >= keep_last and step < whole[-keep_last]]
-        for step, objects in steps.items():
-            if step in doomed or (step not in published and _is_old(objects)):
-                self._delete(step, objects)
-        self.store.sweep(self.prefix, _ABANDONED)
-        return doomed
+    def sweep(self) -> int:
+        """Remove what crashed workers left in the bucket; see `retention.Retention`."""
+        return self._retention.sweep()
 
     def set_aside_after(self, step: int) -> list[int]:
-        """Move published steps after `step` to `set-aside-<UTC time>/` in the bucket, where nothing looks for them.
-
-        The exports go with them, and a copy of the logs: they tell of what was set aside.
-        """
-        later = {number: objects for number, objects in self._steps().items() if number > step}
-        if not later:
-            return []
-        aside = f"{self.prefix}{SET_ASIDE_PREFIX}{datetime.now(UTC):%Y%m%dT%H%M%S}/"
-        logs = self.paths.key(self.paths.logs)
-        for info in self.store.list(logs):
-            self.store.copy(info.key, f"{aside}logs/{info.key.removeprefix(logs)}")
-        for path in (self.paths.best, self.paths.final):
-            with contextlib.suppress(ObjectNotFound):
-                self.store.copy(self.paths.key(path), aside + path.name)
-                self.store.delete(self.paths.key(path))
-        for number, objects in later.items():
-            if self._manifest(number) in objects:
-                for key in sorted(objects, key=lambda key: key.endswith(f"/{MANIFEST}")):
-                    self.store.copy(key, aside + key.removeprefix(self.prefix))
-            self._delete(number, objects)
-        return sorted(later)
-
-    def _steps(self) -> dict[int, dict[str, ObjectInfo]]:
-        """Every object under a step's folder in the bucket, by step and key; no markers of empty folders."""
-        found: dict[int, dict[str, ObjectInfo]] = defaultdict(dict)
-        for info in self.store.list(self.prefix):
-            folder, _, name = info.key.removeprefix(self.prefix).partition("/")
-            if name and not name.endswith("/") and (step := parse_step(folder)) is not None:
-                found[step][info.key] = info
-        return found
-
-    def _whole(self, step: int, objects: dict[str, ObjectInfo]) -> bool:
-        prefix = self.paths.key(self.paths.step(step))
-        try:
-            published = read_seal(self.store, prefix)
-        except IntegrityError:
-            return False
-        return published is not None and is_complete(published[0], objects, prefix)
-
-    def _manifest(self, step: int) -> str:
-        return self.paths.key(self.paths.step(step)) + MANIFEST
-
-    def _delete(self, step: int, objects: dict[str, ObjectInfo]) -> None:
-        manifest = self._manifest(step)
-        for key in sorted(objects, key=lambda key: key != manifest):
-            self.store.delete(key)
-
-
-def _is_old(objects: dict[str, ObjectInfo]) -> bool:
-    """Whether nobody is sending these any more."""
-    limit = datetime.now(UTC) - _ABANDONED
-    return all(info.modified is not None and info.modified < limit for info in objects.values())
+        """Move later checkpoints in the bucket out of the way; see `retention.Retention`."""
+        return self._retention.set_aside_after(step)
 
 
 def _warn(report: Report, what: str) -> None:

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from wmtp_worker.errors import DiskFullError, IntegrityError, ObjectNotFound, PreconditionFailed, TransientError
 from wmtp_worker.storage.atomic import PARTIAL_PREFIX, disk_errors, fsync_path, publish
@@ -14,6 +15,8 @@ from wmtp_worker.storage.objects import ObjectInfo, ObjectStore
 from wmtp_worker.storage.seal import FileEntry, Seal, parse_seal
 from wmtp_worker.storage.transfer import Transfer
 from wmtp_worker.storage.transfer.paths import safe_path
+
+T = TypeVar("T")
 
 _FILES_AT_ONCE = 8
 _LARGEST_MANIFEST = 64 << 20
@@ -53,7 +56,7 @@ def push_sealed(transfer: Transfer, folder: Path, prefix: str, *, replace: bool 
         raise PreconditionFailed(
             "something else is published under the same name", where=f"{store.url}/{prefix}", fix=fix
         )
-    differing = [name for name, entry in seal.files.items() if not _same(store, there.get(prefix + name), entry)]
+    differing = [name for name, entry in seal.files.items() if not is_same(store, there.get(prefix + name), entry)]
     surplus = there.keys() - {prefix + name for name in seal.files}
     if manifest is not None:
         if not differing and not surplus and _publishes(store, prefix, seal, replace):
@@ -63,7 +66,7 @@ def push_sealed(transfer: Transfer, folder: Path, prefix: str, *, replace: bool 
     def send(name: str) -> None:
         transfer.upload_file(safe_path(folder, name), prefix + name, sha256=seal.files[name].sha256)
 
-    _each(send, differing)
+    each(send, differing)
     for key in surplus:
         store.delete(key)
     published = store.put(prefix + MANIFEST, data, if_absent=True)
@@ -90,7 +93,8 @@ def _publishes(store: ObjectStore, prefix: str, seal: Seal, replace: bool) -> bo
     return published is not None and published[0] == seal
 
 
-def _same(store: ObjectStore, info: ObjectInfo | None, entry: FileEntry) -> bool:
+def is_same(store: ObjectStore, info: ObjectInfo | None, entry: FileEntry) -> bool:
+    """Whether an object, as a listing has it, is what a manifest says by size and recorded digest."""
     return info is not None and info.size == entry.size and (info.sha256 or store.head(info.key).sha256) == entry.sha256
 
 
@@ -120,25 +124,46 @@ def pull_sealed(
         raise ObjectNotFound(f"no {MANIFEST}", where=f"{store.url}/{prefix}")
     seal, _, data = published
     accept(data)
-    building = _building(folder, data)
-    _check_room(building, seal)
+    fetch_folder(transfer, {name: prefix + name for name in seal.files}, seal, data, folder, before)
+    return seal
 
-    def fetch(name: str) -> None:
-        entry, path = seal.files[name], safe_path(building, name)
-        try:
-            transfer.download_file(prefix + name, path, sha256=entry.sha256)
-        except ObjectNotFound as error:
-            raise IntegrityError(f"{name} is missing", where=f"{store.url}/{prefix}") from error
 
-    _each(fetch, seal.files)
+def fetch_folder(
+    transfer: Transfer,
+    keys: Mapping[str, str],
+    seal: Seal,
+    manifest: bytes,
+    folder: Path,
+    before: Callable[[], object] = lambda: None,
+) -> None:
+    """Download the files of a seal, name to key, and make `folder` of them and the manifest; see `pull_sealed`."""
+    building = _building(folder, manifest)
+    begun = sum(path.stat().st_blocks * 512 for path in building.rglob("*") if path.is_file())
+    check_room(building, seal.bytes - begun)
+    fetch_files(transfer, {safe_path(building, name): (key, seal.files[name]) for name, key in keys.items()})
     with disk_errors(folder.parent):
-        (building / MANIFEST).write_bytes(data)
+        (building / MANIFEST).write_bytes(manifest)
         fsync_path(building / MANIFEST)
         fsync_path(building)
     before()
     with disk_errors(folder.parent):
         publish(building, folder)
-    return seal
+
+
+def fetch_files(transfer: Transfer, files: Mapping[Path, tuple[str, FileEntry]]) -> None:
+    """Download several files, each path with its key and what must be in it.
+
+    Each appears whole or not at all. Raises `IntegrityError` where one is missing or differs.
+    """
+
+    def fetch(path: Path) -> None:
+        key, entry = files[path]
+        try:
+            transfer.download_file(key, path, sha256=entry.sha256)
+        except ObjectNotFound as error:
+            raise IntegrityError(f"{path.name} is missing", where=f"{transfer.store.url}/{key}") from error
+
+    each(fetch, files)
 
 
 def _building(folder: Path, manifest: bytes) -> Path:
@@ -154,18 +179,18 @@ def _building(folder: Path, manifest: bytes) -> Path:
     return building
 
 
-def _check_room(building: Path, seal: Seal) -> None:
-    begun = sum(path.stat().st_blocks * 512 for path in building.rglob("*") if path.is_file())
-    needed, free = seal.bytes - begun, shutil.disk_usage(building).free
+def check_room(folder: Path, needed: int) -> None:
+    """Raise `DiskFullError` unless that many bytes are free where the folder is."""
+    free = shutil.disk_usage(folder).free
     if needed > free:
         raise DiskFullError(
             f"{needed / 1e6:,.1f} MB are to be downloaded, {free / 1e6:,.1f} MB are free",
-            where=str(building.parent),
+            where=str(folder.parent),
             fix="free some space, or set WMTP_WORKDIR to a larger disk",
         )
 
 
-def _each(job: Callable[[str], None], names: Iterable[str]) -> None:
+def each(job: Callable[[T], None], names: Iterable[T]) -> None:
     """Run `job` for every name, several at once. After an error no further one begins; it is raised at the end."""
     with ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="sealed") as pool:
         try:

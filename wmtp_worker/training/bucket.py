@@ -1,22 +1,31 @@
 """The run's side of the bucket: what is fetched before it trains, and what is published while it does."""
 
 import logging
+import shlex
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from wmtp_worker.assets.fetch import fetch
 from wmtp_worker.checkpoint.manifest import NewerFormatError, parse_manifest
-from wmtp_worker.errors import CheckpointError, ExhaustedError, IntegrityError, PreconditionFailed, StorageError
+from wmtp_worker.errors import (
+    CheckpointError,
+    ExhaustedError,
+    IntegrityError,
+    NotSafeError,
+    PreconditionFailed,
+    RunHeldError,
+    StorageError,
+)
 from wmtp_worker.settings import Settings
-from wmtp_worker.storage.cloud import CloudSync, is_here
+from wmtp_worker.storage.cloud import CloudSync, Terms, is_here
 from wmtp_worker.storage.layout import RunPaths, parse_step, step_name
+from wmtp_worker.storage.lease import Lease
 from wmtp_worker.storage.runs import RunSync
 
 log = logging.getLogger(__name__)
-
 
 _GRACE_SECONDS = 3.0
 
@@ -26,11 +35,11 @@ class _GivenUpError(StorageError):
 
 
 class RunBucket:
-    """Fetches and publishes one run. Where runs are kept locally only, all of it does nothing.
+    """Fetches and publishes one run, as the holder of its lease. Where runs are kept locally only, it does nothing.
 
     Nothing here fails because the bucket is slow or away: the work stays in the work directory, is published when
     the bucket is back, and `close` says what is not safe. A bucket that is not there, or refuses, ends the run before
-    it has begun (exit 78).
+    it has begun (exit 78); so does another worker that holds the run (79), and one that takes it later: poll `check`.
     """
 
     def __init__(
@@ -45,13 +54,51 @@ class RunBucket:
         self._check = check
         self._tick = tick
         local = is_here(settings.cloud, paths.workdir)
-        self._sync = None if local else CloudSync(settings.cloud, paths.workdir, self._poll)
+        terms = Terms.of(settings.checkpoint)
+        self._sync = None if local else CloudSync(settings.cloud, paths.workdir, self._poll, terms)
         self._side = None if self._sync is None else self._sync.run(paths.run)
-        self.url = None if self._side is None else f"{self._side.store.url}/{self._side.prefix}"
+        self.url = None if self._side is None else f"{self._side.store.url}/{self._side.keys.prefix}"
+        self._may_publish = False  # whether the lease is ours, or there is to be none
+        self._lease: Lease | None = None
+        self._held: RunHeldError | None = None  # where the lease could only be asked for while training
+        self._refused: PreconditionFailed | None = None  # where the bucket turned out to have more than we
         # whether the bucket told what it has of this run: if not, nothing there is replaced
         self._seen = False
         self._began_at = 0
         self._failed = False
+        self._saved = self._published = 0
+        self._facts: Mapping[str, Any] = {}
+        # called in the uploads' thread with a step that was published and the seconds that took
+        self.on_published: Callable[[int, float], object] = lambda step, seconds: None
+        # what the bucket's heartbeat.json said before this process
+        self.last_heartbeat: dict[str, Any] | None = None
+
+    # --- who holds the run -----------------------------------------------------------------------------------
+
+    def _hold(self, sync: CloudSync, side: RunSync) -> None:
+        """Take the lease, unless it is ours: from now on nobody else publishes this run."""
+        if not self._may_publish:
+            self._lease = sync.hold(side, self._status)
+            self._may_publish = True
+
+    def check(self) -> None:
+        """Raises `RunHeldError` (79) once another worker has this run. Asks the bucket nothing: to be polled."""
+        if self._held is not None:
+            raise RunHeldError(self._held.what, where=self._held.where, fix=self._held.fix)
+        if self._lease is not None:
+            self._lease.check()
+
+    def status(self, **facts: Any) -> None:
+        """What `heartbeat.json` in the bucket shall say from now on: step, loss, tokens_per_second, phase, …"""
+        self._facts = {**self._facts, **facts}
+
+    def _status(self) -> Mapping[str, Any]:
+        return {"run": self._paths.run, **self._facts, "last_published_step": self._published, "lag": self.lag}
+
+    @property
+    def lag(self) -> int:
+        """Steps of training that are on this disk alone: the newest saved step less the newest published one."""
+        return max(0, self._saved - self._published)
 
     # --- before the training ---------------------------------------------------------------------------------
 
@@ -103,10 +150,13 @@ class RunBucket:
             raise _GivenUpError("given up, because something else could not be fetched")
 
     def _fetch_checkpoint(self) -> None:
-        if self._side is None:
+        if self._sync is None or self._side is None:
             return
         resume = self._settings.run.resume
         try:
+            self.last_heartbeat = self._side.read_heartbeat()
+            # before the choice: what others publish after it does not count
+            self._hold(self._sync, self._side)
             step = self._side.fetch_checkpoint(resume, self._accept)
         except ExhaustedError as error:
             if isinstance(resume, int) and resume not in self._paths.steps():
@@ -115,6 +165,7 @@ class RunBucket:
             return
         self._seen = True
         if step is not None:
+            self._published = step
             log.info("fetched %s from the bucket", step_name(step))
 
     def _accept(self, manifest: bytes, folder: str) -> None:
@@ -137,19 +188,31 @@ class RunBucket:
             self._side.fetch_file(path)
 
     def restored(self, step: int) -> None:
-        """Say where the run goes on: later steps in the bucket are set aside where the user chose an earlier one."""
+        """Say where the run goes on: later steps in the bucket are set aside where the user chose an earlier one.
+
+        Raises `RunHeldError`.
+        """
         self._began_at = step
-        if self._side is None:
+        if self._sync is None or self._side is None:
             return
-        if self._settings.run.resume != "auto" and self._seen:
+        sync, side, queue = self._sync, self._side, self._sync.background
+        if self._seen:
             try:
-                if aside := self._side.set_aside_after(step):
+                if self._settings.run.resume != "auto" and (aside := side.set_aside_after(step)):
                     log.info("set aside %s in the bucket", ", ".join(map(step_name, aside)))
+                if self._lease is not None:
+                    self._lease.began(step)
             except StorageError as error:
                 self._seen = False
-                log.warning("later checkpoints in the bucket could not be set aside: %s", error)
+                log.warning("the bucket could not be told where this run goes on: %s", error)
         if step in self._paths.steps():
             self.saved(step)
+
+        def sweep() -> None:
+            self._look(sync, side)
+            side.sweep()
+
+        queue.submit("sweep", "sweeping of the bucket", sweep, optional=True)
 
     # --- while it trains -------------------------------------------------------------------------------------
 
@@ -157,19 +220,23 @@ class RunBucket:
         """Queue a checkpoint that is whole on the disk, with the logs and the best model that belong to it."""
         if self._sync is None or self._side is None:
             return
-        side, queue, keep_last = self._side, self._sync.background, self._settings.checkpoint.keep_last
+        sync, side, settings = self._sync, self._side, self._settings.checkpoint
+        queue = sync.background
+        self._saved = step
 
         def publish() -> None:
-            self._look(side)
+            self._look(sync, side)
             side.publish_logs()
-            if self._paths.best.exists():
-                side.publish_file(self._paths.best)
-            if side.publish(step, replace=True):
+            started = time.monotonic()
+            sent = side.publish(step)
+            self._published = step
+            if sent:
+                self.on_published(step, time.monotonic() - started)
                 log.info("%s is in the bucket", step_name(step))
             queue.submit("pruning", "pruning of the bucket", prune, optional=True)
 
         def prune() -> None:
-            side.prune(keep_last, step)
+            side.prune(settings.keep_last, step, settings.keep_every)
 
         queue.submit("checkpoint", step_name(step), publish)
 
@@ -177,29 +244,42 @@ class RunBucket:
         """Queue what a finished run leaves: the final model, the best one, and the logs with the picture."""
         if self._sync is None or self._side is None:
             return
-        side = self._side
+        sync, side = self._sync, self._side
 
         def publish() -> None:
-            self._look(side)
+            self._look(sync, side)
             side.publish_logs()
             for path in (self._paths.best, self._paths.final):
                 if path.exists():
                     side.publish_file(path)
 
-        self._sync.background.submit("final", self._paths.final.name, publish)
+        sync.background.submit("final", self._paths.final.name, publish)
 
-    def _look(self, side: RunSync) -> None:
-        """See, before anything is published, what a bucket has that was away when the run began."""
-        if self._seen:
-            return
+    def _look(self, sync: CloudSync, side: RunSync) -> None:
+        """Before anything is published: hold the run, see what a bucket has that was away when the run began.
+
+        Raises `RunHeldError` where another worker has it, `PreconditionFailed` where it has more than this run.
+        """
+        if self._refused is not None:
+            raise self._refused
+        try:
+            self._hold(sync, side)
+        except RunHeldError as error:
+            self._held = error
+            raise
         began = self._began_at
-        if (newest := max(side.published_steps(), default=0)) > began:
-            raise PreconditionFailed(
+        if not self._seen and (newest := max(side.published_steps(), default=0)) > began:
+            self._refused = PreconditionFailed(
                 f"the bucket could not be read when this run began at step {began}, and has {step_name(newest)}",
                 where=self.url,
                 fix="nothing there is replaced: start again to go on from that, or with another --run-name",
             )
+            if self._lease is not None:
+                sync.let_go(self._lease)
+            raise self._refused
         self._seen = True
+        if self._lease is not None:
+            self._lease.began(began)
 
     @property
     def unpublished(self) -> frozenset[int]:
@@ -207,10 +287,32 @@ class RunBucket:
         names = () if self._sync is None else self._sync.pending
         return frozenset(step for name in names if (step := parse_step(name)) is not None)
 
-    def close(self, *, heed_stop: bool = False) -> dict[str, str]:
-        """Finish the uploads, for at most `cloud.close_seconds`; name and reason of what is not safe.
+    @property
+    def push_command(self) -> str:
+        """What publishes later what is only in the work directory: the whole command line, for a shell."""
+        cloud = self._settings.cloud
+        variables = {
+            "WMTP_WORKDIR": self._paths.workdir.absolute(),
+            "CLOUD_PROVIDER": cloud.provider,
+            "CLOUD_BUCKET": cloud.bucket,
+            "CLOUD_PREFIX": cloud.prefix,
+            "CLOUD_ENDPOINT_URL": cloud.endpoint_url,
+        }
+        given = [f"{name}={shlex.quote(str(value))}" for name, value in variables.items() if value]
+        return " ".join([*given, "wmtp checkpoints push", shlex.quote(self._paths.run)])
 
-        With `heed_stop` what `check` raises ends the waiting and is raised.
+    def not_safe_error(self, not_safe: Mapping[str, str]) -> NotSafeError:
+        """The error (74) of a finished run for what `close` returned: what is not safe, why, and what to do."""
+        return NotSafeError(
+            f"the run is finished, but not in the bucket yet: {', '.join(not_safe)}; {next(iter(not_safe.values()))}",
+            where=self.url,
+            fix=f"when the bucket is back: {self.push_command}",
+        )
+
+    def close(self, *, heed_stop: bool = False, seconds: float | None = None) -> dict[str, str]:
+        """Finish the uploads, for at most `seconds`, or cloud.close_seconds; name and reason of what is not safe.
+
+        Then the lease is released. With `heed_stop` what `check` raises ends the waiting and is raised.
         """
         if self._sync is None:
             return {}
@@ -221,7 +323,8 @@ class RunBucket:
             if heed_stop:
                 self._check()
 
-        return sync.close(tick=tick)
+        limits = [limit for limit in (seconds, self._settings.cloud.close_seconds) if limit is not None]
+        return sync.close(min(limits), tick=tick)
 
     def __enter__(self) -> Self:
         return self
