@@ -147,7 +147,7 @@ class IntervalPolicy:
         self._open = False
         self._pause = 0.0
         self._busy_seconds = 0.0
-        self._busy_steps = 0
+        self._busy_steps = 0.0
         self._saves = 0
         self._costs = _remembered(self._history.cost)
         self._carries = _remembered(self._history.carry)
@@ -155,7 +155,7 @@ class IntervalPolicy:
 
     # --- what is measured ------------------------------------------------------------------------------------
 
-    def step(self, seconds: float, saving: bool = False, steps: int = 1) -> None:
+    def step(self, seconds: float, saving: bool = False, steps: float = 1) -> None:
         """`steps` steps took `seconds` together; `saving`: a save was being copied, written or uploaded meanwhile."""
         with self._lock:
             self._seconds += seconds
@@ -189,7 +189,7 @@ class IntervalPolicy:
         # without a quiet step to compare with, nothing is known to be slower
         usual = self._busy_seconds if self._quiet.value is None else self._busy_steps * self._quiet.value
         self._costs.append(self._pause + max(0.0, self._busy_seconds - usual))
-        self._open, self._pause, self._busy_seconds, self._busy_steps = False, 0.0, 0.0, 0
+        self._open, self._pause, self._busy_seconds, self._busy_steps = False, 0.0, 0.0, 0.0
 
     @property
     def step_seconds(self) -> float | None:
@@ -219,11 +219,18 @@ class IntervalPolicy:
     # --- what follows ----------------------------------------------------------------------------------------
 
     def due(self, step: int, last_saved: int) -> bool:
-        """Whether to save after `step`, when the last save was after `last_saved` (0: none yet)."""
+        """Whether to save after `step`, when the last save, or attempt, was after `last_saved` (0: none yet)."""
         if self._every != "auto":
             return step > last_saved and step % self._every == 0
+        following = self.next_save(last_saved)
+        return following is not None and step >= following
+
+    def next_save(self, last_saved: int) -> int | None:
+        """The step after which `due` will say yes, as things stand; None before a step was measured."""
+        if self._every != "auto":
+            return (last_saved // self._every + 1) * self._every
         choice = self.choice
-        return choice is not None and step - last_saved >= choice.steps
+        return None if choice is None else last_saved + choice.steps
 
     @property
     def choice(self) -> Choice | None:
@@ -255,7 +262,7 @@ class _Average:
         self._total = 0.0
         self._weight = 0.0
 
-    def add(self, seconds: float, steps: int) -> None:
+    def add(self, seconds: float, steps: float) -> None:
         keep = 0.5 ** (steps / _HALF_LIFE)
         self._total = keep * self._total + (1 - keep) * seconds / steps
         self._weight = keep * self._weight + (1 - keep)

@@ -107,7 +107,7 @@ def _show_losses(losses: "Losses") -> None:
         right = ("from step", "steps lost", "work", "restart", "GPU time lost", "money", "away")
         table = Table("went on (UTC)", "host", "ended by")
         for column in right:
-            table.add_column(column, justify="right")
+            table.add_column(column, justify="right", no_wrap=column == "restart")
         for item in losses.interruptions:
             table.add_row(
                 f"{datetime.fromtimestamp(item.time, UTC):%Y-%m-%d %H:%M:%S}",
