@@ -155,7 +155,7 @@ class Ledger:
         self.events = events
         self._path = path
         self._process = process
-        self._phases = Phases()
+        self.phases = Phases()
         self._failed = False
 
     @classmethod
@@ -177,7 +177,7 @@ class Ledger:
         wrote them: after a wiped disk the bucket's knows of later steps than the metrics published with the last save.
         """
         ledger = cls(path, read_ledger(path), secrets.token_hex(4))
-        ledger._phases = phases
+        ledger.phases = phases
         start = Start(
             process=ledger._process,
             time=time.time(),
@@ -194,7 +194,7 @@ class Ledger:
 
     def running(self, resumed_from: int | None) -> None:
         """The first step is done: call it once, with the step of the checkpoint this process went on from."""
-        phases = dict(self._phases.seconds)
+        phases = dict(self.phases.seconds)
         self._append(Running(process=self._process, time=time.time(), resumed_from=resumed_from, phases=phases))
 
     def save(

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,17 @@ class Heartbeat:
     Not synced to the disk: it says that a process is alive, which a crash makes untrue anyway.
     """
 
-    def __init__(self, path: Path, run: str) -> None:
+    def __init__(self, path: Path, run: str, beaten: Callable[[], object] = lambda: None) -> None:
+        """`beaten` is called with each beat, written or not."""
         self._path = path
+        self._beaten = beaten
         self._run = run
         self._phase = ""
         self._written = 0.0
 
     def beat(self, phase: str, **facts: Any) -> None:
         """Say that `phase` goes on; `facts` (step, loss, …) are whatever helps somebody who looks."""
+        self._beaten()
         if phase == self._phase and time.monotonic() - self._written < _INTERVAL:
             return
         document = {"time": time.time(), "run": self._run, "phase": phase, **facts}

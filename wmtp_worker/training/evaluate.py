@@ -13,7 +13,7 @@ from wmtp_worker.model.loading import rebuild
 from wmtp_worker.settings import Settings
 from wmtp_worker.storage.layout import RunPaths
 from wmtp_worker.training.bucket import RunBucket
-from wmtp_worker.training.session import CONFIG, MODEL
+from wmtp_worker.training.session import CONFIG
 from wmtp_worker.training.setup import check_fit, load_split
 from wmtp_worker.training.validation import validate
 
@@ -52,4 +52,4 @@ def _read(paths: RunPaths, weights: str) -> tuple[int, dict[str, Any], dict[str,
         raise SettingsError(f"{weights!r} names no weights", where="--weights", fix="use final, best or a step")
     checkpoint = find(paths, int(weights))
     assert checkpoint is not None  # a wanted step is there or an error
-    return int(weights), checkpoint.document(CONFIG, dict[str, Any]), checkpoint.tensors(MODEL), str(checkpoint.folder)
+    return int(weights), checkpoint.document(CONFIG, dict[str, Any]), checkpoint.model_tensors(), str(checkpoint.folder)

@@ -35,7 +35,7 @@ def train(session: Session, console: Console) -> None:
             ):
                 run_validation(session)
             # asked again: a validation may have stopped the run early
-            if _due(progress.step, session.save_every, session.finished) and progress.saved_at < progress.step:
+            if progress.saved_at < progress.step and session.wants_save():
                 session.save()
             if session.finished:
                 return
@@ -66,7 +66,7 @@ def train_step(session: Session) -> str:
     session.optimizer.zero_grad(set_to_none=True)
     losses = torch.zeros(model.heads, device=session.device)
     for batch, target in zip(batches, targets, strict=True):
-        session.stop.check()
+        session.check()
         session.heartbeat.beat("train", step=progress.step)
         target = target.to(session.device)
         weights = uniform.weights(target != IGNORE)
@@ -76,6 +76,7 @@ def train_step(session: Session) -> str:
     loss = sum(head_loss) / model.heads
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise session.diverged(f"the loss is {loss}, the gradient's norm {norm}")
+    session.saving.gate()  # the last save may still be copying what changes now
     session.optimizer.step()
 
     tokens = sum(batch.real_tokens for batch in batches)
@@ -95,7 +96,8 @@ def train_step(session: Session) -> str:
         rows=hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16],
         seconds=seconds,
     )
-    session.heartbeat.beat("train", step=progress.step, loss=loss, tokens_per_second=tokens / seconds)
+    session.saving.stepped(seconds)
+    session.report("train", loss=loss, tokens_per_second=tokens / seconds)
     note = f"loss {loss:.4f}  {tokens / seconds:,.0f} tokens/s"
     if progress.step % session.settings.logging.every == 0 or session.finished:
         log.info("step %d/%d  %s  lr %.2e  grad norm %.2f", progress.step, training.max_steps, note, rate, norm)
@@ -107,7 +109,7 @@ def run_validation(session: Session) -> None:
     progress, settings = session.progress, session.settings
 
     def between_batches() -> None:
-        session.stop.check()
+        session.check()
         session.heartbeat.beat("validate", step=progress.step)
 
     result = validate(

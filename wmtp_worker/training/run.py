@@ -6,15 +6,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
-from wmtp_worker.checkpoint.lock import run_lock
+from wmtp_worker.checkpoint.ledger import Ledger, Phases, read_heartbeat
+from wmtp_worker.checkpoint.losses import summarise
 from wmtp_worker.checkpoint.store import sweep
 from wmtp_worker.errors import Interrupted, NotSafeError, WorkerError
+from wmtp_worker.host.notices import NoticeWatcher
 from wmtp_worker.host.stop import StopRequest
+from wmtp_worker.host.watchdog import Watchdog
 from wmtp_worker.host.workdir import prepare
+from wmtp_worker.redact import redact
 from wmtp_worker.settings import Settings
 from wmtp_worker.storage.layout import RunPaths
+from wmtp_worker.storage.runlock import run_lock
 from wmtp_worker.tracking.console import logging_to_console, logging_to_file
 from wmtp_worker.tracking.heartbeat import Heartbeat
 from wmtp_worker.tracking.metrics import MetricsLog
@@ -67,19 +73,36 @@ def run(settings: Settings, stop: StopRequest, console: Console) -> Summary:
     training has begun; each leaves the checkpoints that were there whole.
     """
     started = time.perf_counter()
+    phases = Phases()
+    phases.done("boot")
     paths = RunPaths(settings.run.workdir, settings.run.name)
     prepare(paths.workdir)
-    with run_lock(paths.lock), logging_to_console(settings.logging.level, console):
+    with (
+        run_lock(paths.lock),
+        logging_to_console(settings.logging.level, console),
+        Watchdog(settings.host.hang_seconds, log_file=paths.training_log) as watchdog,
+        NoticeWatcher(settings.host.notices, stop),
+    ):
         swept = sweep(paths)
-        heartbeat = Heartbeat(paths.heartbeat, paths.run)
+        before = read_heartbeat(paths.heartbeat)
+        heartbeat = Heartbeat(paths.heartbeat, paths.run, watchdog.beat)
         with RunBucket(settings, paths, stop.check, lambda: heartbeat.beat("bucket")) as bucket:
             # before the log is opened: an earlier machine's may come from the bucket
             bucket.fetch()
+            phases.done("fetch")
             with logging_to_file(paths.training_log):
                 for name in swept:
                     log.info("removed %s, left half written by a process that was killed", name)
-                summary = _run(settings, paths, stop, console, heartbeat, bucket, started)
-    return summary
+                ledger = Ledger.begin(
+                    paths.ledger,
+                    paths.metrics,
+                    phases,
+                    gpus=torch.cuda.device_count(),
+                    price_per_hour=settings.host.price_per_hour,
+                    resume=settings.run.resume,
+                    heartbeats=[before, bucket.last_heartbeat],
+                )
+                return _run(settings, paths, stop, console, heartbeat, bucket, ledger, started)
 
 
 def _run(
@@ -89,23 +112,31 @@ def _run(
     console: Console,
     heartbeat: Heartbeat,
     bucket: RunBucket,
+    ledger: Ledger,
     started: float,
 ) -> Summary:
+    session = None
     try:
         session = set_up(settings, paths, stop, heartbeat, bucket)
+        ledger.phases.done("setup")
+        first = session.progress.step
         with MetricsLog(paths.metrics, session.progress.metrics_size) as metrics:
-            session.metrics = metrics
-            first = session.progress.step
-            _train_or_save(session, console)
+            with session.open(metrics, ledger) as saving:
+                _train_or_save(session, ledger, console)
+                saving.finish()
             stop.check()
             heartbeat.beat("export", step=session.progress.step)
             if not paths.final.exists():
                 session.export(best=False)
             _draw(paths)
+            ledger.end("finished", session.progress.step)
             _publish(session)
             heartbeat.beat("done", step=session.progress.step)
+        log.info("%s", summarise(ledger.events).sentence())
         return _summary(session, first, time.perf_counter() - started)
     except Exception as error:
+        if not isinstance(error, Interrupted):
+            ledger.end("failed", session.progress.step if session else 0, detail=redact(str(error)))
         # the console shows it too, by the command line; the file is what is left after the machine is gone
         log.debug("ended by %s", error, exc_info=not isinstance(error, WorkerError))
         raise
@@ -135,15 +166,16 @@ def _draw(paths: RunPaths) -> None:
         log.warning("no picture: %s", error)
 
 
-def _train_or_save(session: Session, console: Console) -> None:
+def _train_or_save(session: Session, ledger: Ledger, console: Console) -> None:
     try:
         train(session, console)
     except Interrupted as interruption:
-        progress, paths = session.progress, session.paths
-        if progress.saved_at < progress.step:
-            session.save()
-        place = str(paths.step(progress.step)) if progress.step else "nothing yet, no step was finished"
-        if not_safe := session.bucket.close():
+        progress, stop = session.progress, session.stop
+        ledger.end("notice", progress.step, detail=stop.reason or "")
+        session.saving.emergency(session.snapshot, progress.step, progress.saved_at, stop)
+        newest = session.newest_checkpoint
+        place = str(newest) if newest else "nothing yet, no step was finished"
+        if not_safe := session.bucket.close(seconds=stop.seconds_left):
             place += f"; not in the bucket yet: {', '.join(not_safe)}"
         log.info("%s; saved: %s", interruption.what, place)
         # never, or a step, would do again what was just done

@@ -2,20 +2,20 @@
 
 import hashlib
 import logging
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 
 import wmtp_worker
-from wmtp_worker.checkpoint import store
 from wmtp_worker.checkpoint.export import save_weights
-from wmtp_worker.checkpoint.optimizer import load_optimizer, optimizer_tensors
+from wmtp_worker.checkpoint.ledger import Ledger
+from wmtp_worker.checkpoint.optimizer import expected_tensors, load_optimizer, optimizer_tensors
 from wmtp_worker.checkpoint.restore import Checkpoint
-from wmtp_worker.checkpoint.store import Snapshot
+from wmtp_worker.checkpoint.snapshot import MODEL, OPTIMIZER, Snapshot, split_frozen
 from wmtp_worker.data.packing import Batch, collate
 from wmtp_worker.data.sampler import PackedSampler, Position
 from wmtp_worker.data.tokenizer import Sample
@@ -29,11 +29,10 @@ from wmtp_worker.storage.layout import RunPaths
 from wmtp_worker.tracking.heartbeat import Heartbeat
 from wmtp_worker.tracking.metrics import MetricsLog
 from wmtp_worker.training.bucket import RunBucket
+from wmtp_worker.training.saving import Saving
 
 log = logging.getLogger(__name__)
 
-MODEL = "model.safetensors"
-OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 SETTINGS = "settings.json"
 CONFIG = "config.json"
@@ -115,6 +114,43 @@ class Session:
     progress: Progress = field(default_factory=Progress)
     resumed_from: int | None = None
     metrics: MetricsLog = field(init=False)
+    saving: Saving = field(init=False)
+
+    def open(self, metrics: MetricsLog, ledger: Ledger) -> Saving:
+        """What the loop needs beyond a restored session: where its numbers go, and how it is saved."""
+        self.metrics = metrics
+        self.saving = Saving(
+            self.settings, self.paths, self.bucket, ledger, self.resumed_from, self._inspect, self._wait
+        )
+        trainable, _ = split_frozen(self.model.named_parameters())
+        self.saving.prepare({MODEL: trainable, OPTIMIZER: expected_tensors(self.parameter_names)})
+        return self.saving
+
+    @property
+    def newest_checkpoint(self) -> Path | None:
+        """The newest folder on the disk that this history of the run has; later ones did not verify."""
+        steps = [step for step in self.paths.steps() if step <= self.progress.step]
+        return self.paths.step(steps[-1]) if steps else None
+
+    def check(self) -> None:
+        """Raise what ends the run from outside: `Interrupted`, or `RunHeldError` where another worker has the run."""
+        self.stop.check()
+        self.bucket.check()
+
+    def wants_save(self) -> bool:
+        """Whether to save now: at the end, at the interval, or because somebody warned that the machine may go."""
+        if (reason := self.stop.take_save()) is not None:
+            log.info("saving now: %s", reason)
+            return True
+        return self.finished or self.saving.due(self.progress.step, self.progress.saved_at)
+
+    def report(self, phase: str, **facts: float) -> None:
+        """Tell whoever watches the run, here and at the bucket, how it gets on."""
+        self.heartbeat.beat(phase, step=self.progress.step, **facts)
+        self.bucket.status(phase=phase, step=self.progress.step, **facts)
+
+    def _wait(self) -> None:
+        self.heartbeat.beat("save", step=self.progress.step)
 
     @property
     def parameter_names(self) -> dict[torch.Tensor, str]:
@@ -124,39 +160,23 @@ class Session:
     def finished(self) -> bool:
         return self.progress.stopped_early or self.progress.step >= self.settings.training.max_steps
 
-    @property
-    def save_every(self) -> int:
-        """Steps between checkpoints."""
-        every = self.settings.checkpoint.every
-        return 50 if every == "auto" else every
-
     def save(self) -> None:
-        """Write `step_N`, queue it for the bucket, then drop checkpoints beyond `checkpoint.keep_last`.
+        """Begin a save of the state as it is; it ends behind the next step (`checkpoint.saver`).
 
-        Raises `DiskFullError`, and `TrainingDiverged` rather than save weights that are not finite.
+        Raises what was wrong with an earlier one, as `TrainingDiverged` for weights that are not finite.
         """
-        started = time.perf_counter()
-        if not all(torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).tolist()):
-            raise self.diverged("the weights are not finite")
         self.heartbeat.beat("save", step=self.progress.step)
-        self.progress.metrics_size = self.metrics.sync()
-        self.progress.saved_at = self.progress.step
-        folder = store.write(self.paths, self._snapshot())
-        self.bucket.saved(self.progress.step)
-        keep_last = self.settings.checkpoint.keep_last
-        removed = store.prune(self.paths, keep_last, self.progress.step, self.bucket.unpublished)
-        seconds = time.perf_counter() - started
-        pruned = f", removed {', '.join(f'step_{step}' for step in removed)}" if removed else ""
-        log.info("saved %s in %.2f s%s", folder.name, seconds, pruned)
+        self.saving.save(self.snapshot())
 
-    def _snapshot(self) -> Snapshot:
+    def snapshot(self) -> Snapshot:
+        """Everything a checkpoint holds; the tensors are the live ones."""
+        self.progress.metrics_size = self.metrics.size
+        self.progress.saved_at = self.progress.step
         shown = {key: redact(value) if isinstance(value, str) else value for key, value in self.settings.flat().items()}
+        trainable, frozen = split_frozen(self.model.named_parameters())
         return Snapshot(
             step=self.progress.step,
-            tensors={
-                MODEL: tensors(self.model),
-                OPTIMIZER: optimizer_tensors(self.optimizer, self.parameter_names),
-            },
+            tensors={MODEL: trainable, OPTIMIZER: optimizer_tensors(self.optimizer, self.parameter_names)},
             documents={
                 STATE: asdict(State(self.progress, self.threads, self.device.type)),
                 SETTINGS: {"identity": self.identity, "resolved": shown},
@@ -168,7 +188,14 @@ class Session:
                 "worker_version": wmtp_worker.__version__,
                 "torch_version": torch.__version__,
             },
+            frozen=frozen,
         )
+
+    def _inspect(self, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        """Behind the loop, before a checkpoint is written: weights must be finite, and the metrics on the disk."""
+        if not all(tensor.isfinite().all() for tensor in tensors[MODEL].values()):
+            raise self.diverged("the weights are not finite")
+        self.metrics.sync()
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Become what the checkpoint was, to the last bit.
@@ -180,8 +207,11 @@ class Session:
         if state.progress.step != checkpoint.manifest.step:
             raise checkpoint.malformed(f"{STATE} is of step {state.progress.step}")
         where = str(checkpoint.folder)
-        load_tensors(self.model, checkpoint.tensors(MODEL), where)
-        load_optimizer(self.optimizer, self.parameter_names, checkpoint.tensors(OPTIMIZER), where)
+        load_tensors(self.model, checkpoint.model_tensors(), where)
+        if checkpoint.manifest.kind == "trainable":
+            log.warning("%s is an emergency save without the optimizer's state, which starts anew", where)
+        else:
+            load_optimizer(self.optimizer, self.parameter_names, checkpoint.tensors(OPTIMIZER), where)
         self.progress = state.progress
         self.resumed_from = self.progress.step
         for what, before, now in (
@@ -214,8 +244,7 @@ class Session:
 
     def diverged(self, what: str) -> TrainingDiverged:
         """The error that ends the run, naming the checkpoint it stands on: all that was saved is finite."""
-        saved_at = self.progress.saved_at
-        good = str(self.paths.step(saved_at)) if saved_at else "there is none"
+        good = self.newest_checkpoint or "there is none"
         return TrainingDiverged(
             f"{what} after step {self.progress.step}; the last good checkpoint: {good}",
             where=f"run {self.paths.run}",

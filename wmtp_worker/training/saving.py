@@ -1,0 +1,191 @@
+"""How a run is saved: when, behind the loop, into the bucket, and in an emergency; and what that cost."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from wmtp_worker.checkpoint import store
+from wmtp_worker.checkpoint.emergency import Rates, choose
+from wmtp_worker.checkpoint.interval import IntervalPolicy
+from wmtp_worker.checkpoint.ledger import Ledger
+from wmtp_worker.checkpoint.losses import FIRST_STEP, summarise
+from wmtp_worker.checkpoint.saver import Saver
+from wmtp_worker.checkpoint.snapshot import OPTIMIZER, Snapshot
+from wmtp_worker.host.stop import StopRequest
+from wmtp_worker.settings import Settings
+from wmtp_worker.storage.layout import RunPaths, step_name
+from wmtp_worker.training.bucket import RunBucket
+
+log = logging.getLogger(__name__)
+
+
+class Saving:
+    """The saves of one process of a run. A context manager: leaving it finishes what is being written.
+
+    `inspect` sees the copied tensors, by file and name, in the writer's thread before they are written, and raises
+    where they must not be; the next `save` or `finish` raises that. A full disk, and a bucket that is away, never do.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        paths: RunPaths,
+        bucket: RunBucket,
+        ledger: Ledger,
+        resumed_from: int | None,
+        inspect: Callable[[Mapping[str, Mapping[str, torch.Tensor]]], None],
+        tick: Callable[[], None],
+    ) -> None:
+        self._keep = settings.checkpoint
+        self._paths = paths
+        self._bucket = bucket
+        self._ledger = ledger
+        self._resumed_from = resumed_from
+        self._newest = resumed_from or 0
+        self._running = False
+        self._rates = Rates()
+        self._begun: dict[int, float] = {}  # step -> when its save began
+        self._pause: float | None = None  # of the save that is being copied
+        self._full_bytes = self._trainable_bytes = 0
+        self.policy = IntervalPolicy(
+            self._keep.every, self._keep.interruptions_per_day, summarise(ledger.events).history
+        )
+        self._saver = Saver(
+            paths,
+            background=self._keep.background,
+            buffers=self._keep.buffers,
+            written=self._written,
+            make_room=self._make_room,
+            inspect=inspect,
+            tick=tick,
+        )
+        bucket.on_published = self._published
+
+    def prepare(self, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        """Take the memory for copies of these tensors (meta tensors will do), and say how much that is."""
+        sizes = {name: sum(tensor.nbytes for tensor in file.values()) for name, file in tensors.items()}
+        self._full_bytes = sum(sizes.values())
+        self._trainable_bytes = self._full_bytes - sizes.get(OPTIMIZER, 0)
+        taken = self._saver.prepare(tensors)
+        how = f"{taken / 1e6:.1f} MB of memory for copies" if taken else "the training waits for each"
+        log.info("a checkpoint has %.1f MB; %s", self._full_bytes / 1e6, how)
+
+    # --- in the loop -----------------------------------------------------------------------------------------
+
+    def due(self, step: int, saved_at: int) -> bool:
+        """Whether it is time to save after `step`, when the last save was after `saved_at`."""
+        return self.policy.due(step, saved_at)
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Begin a save and return. Nothing in it may change before `gate`."""
+        started = time.perf_counter()
+        self._begun[snapshot.step] = time.monotonic()
+        self._saver.save(snapshot)
+        self._pause = time.perf_counter() - started
+
+    def gate(self) -> None:
+        """Wait until the last save is copied: to be called before anything changes weights or moments."""
+        started = time.perf_counter()
+        self._saver.gate()
+        if self._pause is not None:
+            self.policy.saved(self._pause + time.perf_counter() - started)
+            self._pause = None
+
+    def stepped(self, seconds: float) -> None:
+        """A step took so long."""
+        if not self._running:
+            self._running = True
+            self._ledger.phases.done(FIRST_STEP)
+            self._ledger.running(self._resumed_from)
+        self.policy.step(seconds, saving=bool(self._saver.pending or self._bucket.unpublished))
+
+    # --- at the end ------------------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Wait until all saves are on the disk. Raises what went wrong with one."""
+        self._saver.flush()
+
+    def emergency(self, snapshot: Callable[[], Snapshot], step: int, saved_at: int, stop: StopRequest) -> None:
+        """Save what the time left allows: everything, only what is trained, or nothing more; says which and why.
+
+        Raises `DiskFullError`, and what was wrong with an earlier save.
+        """
+        self.gate()
+        pending = self._saver.pending
+        on_disk = saved_at in self._paths.steps() or saved_at in pending
+        plan = choose(
+            step=step,
+            saved_step=saved_at if on_disk else 0,
+            full_bytes=self._full_bytes,
+            trainable_bytes=self._trainable_bytes,
+            write_rate=self._rates.write,
+            upload_rate=self._rates.upload,
+            seconds_left=stop.seconds_left,
+            uploads=self._bucket.url is not None,
+            must_upload=stop.machine_goes,
+            queued_bytes=self._saver.remaining + len(self._bucket.unpublished) * self._full_bytes,
+        )
+        log.info("%s", plan)
+        if plan.kind == "skip":
+            self._saver.flush(stop.seconds_left)
+        else:
+            self._begun[step] = time.monotonic()
+            self._saver.save_now(snapshot(), plan.kind)
+
+    # --- behind the loop -------------------------------------------------------------------------------------
+
+    def _written(self, step: int, folder: Path) -> None:
+        """In the writer's thread: the checkpoint is whole on the disk."""
+        self._newest = step
+        self._bucket.saved(step)
+        cost = self._saver.last
+        if cost is not None and cost.step == step:
+            self._rates.wrote(cost.bytes, cost.write)
+            self._ledger.save(
+                step,
+                cost.pause,
+                cost=self.policy.cost,
+                carry=self.policy.carry,
+                seconds_per_step=self.policy.step_seconds,
+            )
+        if self._bucket.url is None:
+            self._carried(step)
+        self._prune(step)
+
+    def _published(self, step: int, seconds: float) -> None:
+        """In the uploads' thread: the checkpoint is in the bucket, and sending it took so long."""
+        self._rates.uploaded(self._full_bytes, seconds)
+        self._carried(step)
+
+    def _carried(self, step: int) -> None:
+        if (begun := self._begun.pop(step, None)) is not None:
+            self.policy.carried(time.monotonic() - begun)
+
+    def _prune(self, newest: int) -> None:
+        spare = self._bucket.unpublished
+        removed = store.prune(self._paths, self._keep.keep_last, newest, spare, keep_every=self._keep.keep_every)
+        if removed:
+            log.info("removed %s", ", ".join(map(step_name, removed)))
+
+    def _make_room(self) -> None:
+        """The disk is full: keep only the newest checkpoint, and what the bucket has not got yet."""
+        spare = self._bucket.unpublished
+        removed = store.prune(self._paths, 1, self._newest, spare, keep_every=self._keep.keep_every)
+        log.warning("the disk is full: removed %s", ", ".join(map(step_name, removed)) or "nothing")
+
+    def close(self) -> None:
+        """Finish what is being written, and join the threads."""
+        self._saver.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
