@@ -67,6 +67,13 @@ def test_writers_do_not_tear_each_others_lines(begin, tmp_path):
     assert len(lines) == len(read_ledger(tmp_path / "ledger.jsonl")) == 4 * 51
 
 
+def test_only_the_first_end_counts(begin, tmp_path):
+    ledger = begin()
+    ledger.end("finished", 12)
+    ledger.end("failed", 12, detail="not all of it is in the bucket")
+    assert [event.how for event in read_ledger(tmp_path / "ledger.jsonl")[1:]] == ["finished"]
+
+
 @pytest.mark.parametrize("keep", [1, 20, 60])
 def test_a_torn_last_line_is_left_out_and_spoils_no_other(begin, tmp_path, keep):
     first = begin()

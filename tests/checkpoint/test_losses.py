@@ -1,5 +1,7 @@
 """What interruptions cost, against accounts made by hand."""
 
+import random
+
 import pytest
 
 from wmtp_worker.checkpoint.interval import History
@@ -206,3 +208,27 @@ def test_the_line_and_the_numbers():
     document = losses.to_json()
     assert document["interruptions"][0]["restart"]["fetch"] == 60.0
     assert document["steps"] == 37
+
+
+def any_line(rng):
+    process, at, step = rng.choice("abcd"), rng.uniform(5, 1000), rng.randrange(500)
+    return rng.choice(
+        [
+            start(process, at, reached=step, seen=rng.choice([None, at - 5]), seconds=rng.choice([None, 2.0])),
+            running(process, at, rng.choice([None, step]), boot=rng.uniform(0, 50), first_step=1.0),
+            save(process, at, step),
+            end(process, at, rng.choice(["finished", "notice", "failed"]), step),
+        ]
+    )
+
+
+def test_any_order_of_lines_has_an_account_that_adds_up():
+    rng = random.Random(0)
+    for _ in range(1000):
+        losses = summarise([any_line(rng) for _ in range(rng.randrange(30))], now=rng.choice([None, 1000.0]))
+        parts = sum(item.gpu_seconds for item in losses.interruptions) + losses.save_gpu_seconds
+        assert losses.gpu_seconds == pytest.approx(parts)
+        assert min([losses.days, *losses.metrics().values()]) >= 0
+        for item in losses.interruptions:
+            assert min([item.steps, item.restart_seconds, item.gpu_seconds, item.away]) >= 0
+        assert losses.sentence()

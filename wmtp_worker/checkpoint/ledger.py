@@ -157,6 +157,7 @@ class Ledger:
         self._process = process
         self.phases = Phases()
         self._failed = False
+        self._ended = False
 
     @classmethod
     def begin(
@@ -222,8 +223,12 @@ class Ledger:
     def end(self, how: How, step: int, seconds_per_step: float | None = None, detail: str = "") -> None:
         """This process ends by itself after `step`: `notice` when it was asked to, `failed` with an error.
 
-        Call it before the logs are published for the last time: what comes later, the bucket does not learn.
+        The first call counts: what goes wrong after it does not make another end of it. Call it before the logs are
+        published for the last time: what comes later, the bucket does not learn.
         """
+        if self._ended:
+            return
+        self._ended = True
         line = End(
             process=self._process,
             time=time.time(),

@@ -7,7 +7,7 @@ The work directory mirrors the bucket, so nearly every key below is valid in bot
     checkpoints/<run>/step_1000/…      files, then manifest.json, last
     checkpoints/<run>/shared/…         <sha256>.safetensors: frozen tensors that manifests name by their digest
     checkpoints/<run>/final.pt         best_model.pt   heartbeat.json
-    logs/<run>/…                       training.log   metrics.jsonl   report.png
+    logs/<run>/…                       training.log   metrics.jsonl   ledger.jsonl   report.png
 
 In the bucket several workers may believe that the run is theirs. So what one publishes there lies under keys that carry
 the epoch of its lease (none for epoch 0, that of workers without lease), and the manifest says which::
