@@ -321,7 +321,7 @@ def measured(ranks: int) -> dict[str, float]:
     if with_files["saving"].exists():
         saving = json.loads(with_files["saving"].read_text())
         for key, name in (("torch_save", "torch.save + fsync"), ("write", "checkpoint")):
-            if seconds := saving.get("seconds", {}).get(name):
+            if "bytes" in saving and (seconds := saving.get("seconds", {}).get(name)):
                 found[key] = ranks * saving["bytes"] / seconds
     if with_files["transfer"].exists():
         transfer = json.loads(with_files["transfer"].read_text())
