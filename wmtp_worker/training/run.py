@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from wmtp_worker.checkpoint.ledger import Ledger, Phases, read_heartbeat
+from wmtp_worker.checkpoint.ledger import How, Ledger, Phases, read_heartbeat
 from wmtp_worker.checkpoint.losses import summarise
 from wmtp_worker.checkpoint.store import sweep
 from wmtp_worker.errors import Interrupted, NotSafeError, WorkerError
@@ -135,8 +135,8 @@ def _run(
         log.info("%s", summarise(ledger.events).sentence())
         return _summary(session, first, time.perf_counter() - started)
     except Exception as error:
-        if not isinstance(error, Interrupted):
-            ledger.end("failed", session.progress.step if session else 0, detail=redact(str(error)))
+        how: How = "notice" if isinstance(error, Interrupted) else "failed"
+        ledger.end(how, session.progress.step if session else 0, detail=redact(str(error)))
         # the console shows it too, by the command line; the file is what is left after the machine is gone
         log.debug("ended by %s", error, exc_info=not isinstance(error, WorkerError))
         raise

@@ -51,6 +51,7 @@ class Saving:
         self._rates = Rates()
         self._begun: dict[int, float] = {}  # step -> when its save began
         self._pause: float | None = None  # of the save that is being copied
+        self._waited = 0.0  # at the gate of this step
         self._full_bytes = self._trainable_bytes = 0
         self.policy = IntervalPolicy(
             self._keep.every, self._keep.interruptions_per_day, summarise(ledger.events).history
@@ -92,16 +93,19 @@ class Saving:
         """Wait until the last save is copied: to be called before anything changes weights or moments."""
         started = time.perf_counter()
         self._saver.gate()
+        waited = time.perf_counter() - started
+        self._waited += waited
         if self._pause is not None:
-            self.policy.saved(self._pause + time.perf_counter() - started)
+            self.policy.saved(self._pause + waited)
             self._pause = None
 
     def stepped(self, seconds: float) -> None:
-        """A step took so long."""
+        """A step took so long, the wait at the gate included."""
         if not self._running:
             self._running = True
             self._ledger.phases.done(FIRST_STEP)
             self._ledger.running(self._resumed_from)
+        seconds, self._waited = seconds - self._waited, 0.0
         self.policy.step(seconds, saving=bool(self._saver.pending or self._bucket.unpublished))
 
     # --- at the end ------------------------------------------------------------------------------------------
