@@ -1,4 +1,4 @@
-"""`wmtp checkpoints`: list and verify the checkpoints of a run."""
+"""`wmtp checkpoints`: list, verify and publish the checkpoints of a run."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from wmtp_worker.cli.options import Json
 if TYPE_CHECKING:
     from wmtp_worker.checkpoint.losses import Losses
 
-app = typer.Typer(no_args_is_help=True, help="List and verify the checkpoints of a run.")
+app = typer.Typer(no_args_is_help=True, help="List, verify and publish the checkpoints of a run.")
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Name of the run.")]
 
@@ -56,6 +56,32 @@ def verify(run: RunArgument, as_json: Json = False) -> None:
         _show(shown)
     if any(item.problem for item in items):
         raise typer.Exit(WRONG)
+
+
+@app.command()
+def push(run: RunArgument) -> None:
+    """Publish what is only on this disk: the checkpoints that are newer than the bucket's, exports and logs.
+
+    What a run that ended with exit code 74 tells you to do. No worker may be training the run, here or elsewhere.
+
+    CLOUD_PROVIDER=s3 CLOUD_BUCKET=lab wmtp checkpoints push baseline-smoke
+    """
+    from wmtp_worker.errors import NotSafeError, SettingsError
+    from wmtp_worker.host.stop import STOP
+    from wmtp_worker.settings import load
+    from wmtp_worker.storage.cloud import CloudSync, Terms
+
+    paths = _paths(run)
+    settings = load(options={"run.name": run, "run.resume": "auto"})
+    with CloudSync(settings.cloud, paths.workdir, STOP.check, Terms.of(settings.checkpoint)) as cloud:
+        if cloud.here:
+            raise SettingsError("no bucket is set", where="cloud.bucket", fix="set CLOUD_PROVIDER and CLOUD_BUCKET")
+        done = cloud.push_run(run)
+    if done.not_safe:
+        reason = next(iter(done.not_safe.values()))
+        raise NotSafeError(f"not in the bucket yet: {', '.join(done.not_safe)}; {reason}", fix="do it again later")
+    names = ", ".join(f"step_{step}" for step in done.published)
+    typer.echo(f"published: {names}" if names else "the bucket has all checkpoints already")
 
 
 def _paths(run: str) -> Any:

@@ -41,9 +41,13 @@ class Terms:
 
 @dataclass
 class Synced:
-    """What `sync_checkpoints` did: the step it fetched, those it published, and why anything is not safe."""
+    """What `sync_checkpoints` did: the step it fetched, those it published, and why anything is not safe.
+
+    `behind`: the bucket has a newer checkpoint than the work directory, so nothing was published.
+    """
 
     fetched: int | None = None
+    behind: bool = False
     published: list[int] = field(default_factory=list)
     not_safe: dict[str, str] = field(default_factory=dict)
 
@@ -206,6 +210,10 @@ class CloudSync:
         if fetch:
             result.fetched = side.fetch_checkpoint("auto")
         newest = max(side.published_steps(), default=-1)
+        if newest > max(side.paths.steps(), default=-1):
+            log.warning("%s is in the bucket, and newer than all that is here: nothing is published", step_name(newest))
+            result.behind = True
+            return
         later = [step for step in side.paths.steps() if step > newest]
         if later and lease is not None:
             lease.began(max(newest, 0))
@@ -217,6 +225,13 @@ class CloudSync:
                 self._try(path.name, lambda path=path: side.publish_file(path), result)  # type: ignore[misc]
         if keep_last is not None and result.published:
             self._try("pruning", lambda: side.prune(keep_last, max(result.published), keep_every), result)
+
+    def push_run(self, run: str) -> Synced:
+        """Publish what is only in the work directory, logs too, unless the bucket has a newer checkpoint."""
+        result = self.sync_checkpoints(run, fetch=False)
+        if not result.not_safe and not result.behind:
+            self._try("logs", self.run(run).publish_logs, result)
+        return result
 
     def sync_logs(self, run: str) -> bool:
         """Upload what is new in the run's logs; whether all of it is in the bucket now."""

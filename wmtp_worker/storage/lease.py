@@ -148,7 +148,7 @@ class Lease:
             self._store.delete(probe)
         except ObjectNotFound:
             return 0.0
-        return (now - found.modified).total_seconds() if now is not None else 0.0
+        return max(0.0, (now - found.modified).total_seconds()) if now is not None else 0.0
 
     def _take(self, found: Found | None) -> bool:
         """Write our name into a lease that is free; whether we were first."""

@@ -41,12 +41,13 @@ class Publisher:
     catalogue: Catalogue
     _best: tuple[tuple[int, int, int], FileEntry] | None = None  # inode, time and size, and what was in it
 
-    def publish(self, step: int) -> bool:
+    def publish(self, step: int, *, own: bool = False) -> bool:
         """Publish a local checkpoint, whole or not at all; whether anything had to be sent.
 
         With it go the best model and the record of the steps, as they are now. What the bucket has already is copied
-        there. Raises `RunHeldError` where another worker has the run, `TransientError` where objects vanished
-        meanwhile, `IntegrityError` where a local file is not what its manifest says, and the store's errors.
+        there; with `own` a checkpoint that an older epoch published becomes ours in any case. Raises `RunHeldError`
+        where another worker has the run, `TransientError` where objects vanished meanwhile, `IntegrityError` where a
+        local file is not what its manifest says, and the store's errors.
         """
         catalogue, folder = self.catalogue, self.paths.step(step)
         catalogue.ensure()
@@ -55,7 +56,7 @@ class Publisher:
         view = catalogue.look()
         before = view.manifests.get(step)
         self._check_epoch(before)
-        if before is not None and self._is_there(step, local, before, view):
+        if before is not None and self._is_there(step, local, before, view, own):
             catalogue.ensure(fresh=True)
             return False
         if before is not None and before.seal is not None and before.epoch == catalogue.epoch:
@@ -76,14 +77,14 @@ class Publisher:
         if lease is not None and before is not None and before.epoch > lease.epoch:
             raise lease.lose()
 
-    def _is_there(self, step: int, local: Seal, before: Published, view: View) -> bool:
+    def _is_there(self, step: int, local: Seal, before: Published, view: View, own: bool) -> bool:
         """Whether the bucket has this checkpoint already, and nobody who is not to may delete it."""
         if before.seal is None or not view.counts(step) or not before.seal.holds_the_same(local):
             return False
         if not view.complete(step, before.seal) or not self.catalogue.verify(step, before):
             return False
-        # where a run goes back, a worker that was taken for dead might prune this for its later ones: it becomes ours
-        return before.epoch == self.catalogue.epoch or max(view.manifests) == step
+        # a worker that was taken for dead might prune this for later ones, that do not count any more
+        return before.epoch == self.catalogue.epoch or (max(view.manifests) == step and not own)
 
     # --- what is sent ----------------------------------------------------------------------------------------
 

@@ -221,7 +221,12 @@ class RunSync:
         return self._retention.sweep()
 
     def set_aside_after(self, step: int) -> list[int]:
-        """Move later checkpoints in the bucket out of the way; see `retention.Retention`."""
+        """Move later checkpoints in the bucket out of the way; see `retention.Retention`.
+
+        The one to go on from becomes ours first: a worker that was taken for dead may not delete it any more.
+        """
+        if (self.paths.step(step) / MANIFEST).exists():
+            self._publisher.publish(step, own=True)
         return self._retention.set_aside_after(step)
 
 

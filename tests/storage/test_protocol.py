@@ -1,0 +1,153 @@
+"""Model check of lease, publish and retention: two workers, crashes, stalls, lost answers and writes that come late.
+
+`WMTP_PROTOCOL_EXAMPLES=5000` looks further than the few that every test run tries.
+"""
+
+import contextlib
+import os
+import shutil
+
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from tests.storage.protocol import KEEP_LAST, Worker, World, new_workdir
+
+EXAMPLES = int(os.environ.get("WMTP_PROTOCOL_EXAMPLES", "0"))
+WORKERS = st.sampled_from([0, 1])
+CALLS = st.integers(1, 12)
+
+
+class Protocol(RuleBasedStateMachine):
+    """Two places where a worker may run; what happens there, in any order."""
+
+    @initialize(rates=st.tuples(*[st.sampled_from([0.8, 1.0, 1.25])] * 2))
+    def begin(self, rates):
+        self.world = World()
+        self.rates = rates
+        self.workdirs = [new_workdir(), new_workdir()]
+        self.workers = [None, None]
+        self.lives = 0
+        self.went_back = 0  # lives begun when a run last went back: older disks know of another history
+
+    def alive(self, number):
+        return self.workers[number] is not None and self.workers[number].alive
+
+    @rule(number=WORKERS, wipe=st.booleans(), back=st.integers(0, 9), calls=CALLS)
+    def start(self, number, wipe, back, calls):
+        if self.alive(number) or self.lives > 12:
+            return
+        if wipe or back == 0 or self.must_wipe(number):
+            shutil.rmtree(self.workdirs[number])
+            self.workdirs[number] = new_workdir()
+        self.lives += 1
+        if back == 0:
+            self.went_back = self.lives
+        goal = max((step for step, _ in self.world.safe.items()), default=0) + 4
+        name = f"life {self.lives} of {number}"
+        worker = Worker(self.world, self.workdirs[number], name, self.rates[number], back == 0, goal)
+        worker.life = self.lives
+        self.workers[number] = worker
+        self.go(number, calls)
+
+    def must_wipe(self, number):
+        before = self.workers[number]
+        return before is not None and before.life < self.went_back
+
+    @rule(number=WORKERS, calls=CALLS)
+    def go(self, number, calls):
+        for _ in range(calls):
+            if self.alive(number):
+                self.workers[number].step()
+                self.world.check()
+
+    @rule(number=WORKERS, calls=st.integers(20, 200))
+    def go_far(self, number, calls):
+        self.go(number, calls)
+
+    @rule(number=WORKERS, how=st.sampled_from(["fail", "lost"]), times=st.integers(1, 3))
+    def trouble(self, number, how, times):
+        for _ in range(times):
+            if self.alive(number):
+                self.workers[number].step(how)
+
+    @rule(number=WORKERS, how=st.sampled_from(["die before", "die after", "die in flight"]))
+    def crash(self, number, how):
+        if self.alive(number):
+            self.workers[number].step(how)
+
+    @rule(seconds=st.integers(1, 8))
+    def pass_time(self, seconds):
+        self.world.now += seconds
+
+    @precondition(lambda self: self.world.in_flight)
+    @rule(which=st.integers(0, 3))
+    def land(self, which):
+        operation = self.world.in_flight.pop(which % len(self.world.in_flight))
+        with contextlib.suppress(Exception):  # nobody is there to hear of it
+            operation()
+
+    @invariant()
+    def holds(self):
+        if hasattr(self, "world"):
+            self.world.check()
+
+    def teardown(self):
+        if not hasattr(self, "world"):
+            return
+        try:
+            for worker in self.workers:
+                if worker is not None:
+                    worker.kill()
+            self.world.now += 100
+            if not self.world.broken:
+                self.last_life()
+        finally:
+            for workdir in self.workdirs:
+                shutil.rmtree(workdir, ignore_errors=True)
+
+    def last_life(self):
+        """A worker with nobody else about goes on from what is there, and leaves no garbage."""
+        workdir = new_workdir()
+        self.workdirs.append(workdir)
+        goal = max(self.world.safe, default=0) + KEEP_LAST + 2
+        worker = Worker(self.world, workdir, "last life", 1.0, False, goal)
+        for _ in range(3000):
+            if not worker.alive:
+                break
+            worker.step()
+        assert worker.result == "finished", worker.result
+        self.world.check()
+        view = self.world.view()
+        assert sorted(view.manifests) == [goal - 1, goal]
+        assert set(view.places) == view.named()
+
+
+def test_the_protocol(monkeypatch):
+    # one call of a worker at a time, and no waiting for disks
+    monkeypatch.setattr("wmtp_worker.storage.sealed._FILES_AT_ONCE", 1)
+    monkeypatch.setattr("wmtp_worker.storage.published._READ_AT_ONCE", 1)
+    for module in ("atomic", "sealed"):
+        monkeypatch.setattr(f"wmtp_worker.storage.{module}.fsync_path", lambda path: None)
+    monkeypatch.setattr("wmtp_worker.storage.lease.log.disabled", True)
+    run_state_machine_as_test(
+        Protocol,
+        settings=settings(
+            max_examples=EXAMPLES or 60,
+            stateful_step_count=60,
+            derandomize=not EXAMPLES,
+            deadline=None,
+            database=None,
+            # what happened is told whole; to make it shorter takes minutes
+            phases=(Phase.generate,),
+            report_multiple_bugs=False,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
