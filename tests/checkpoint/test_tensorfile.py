@@ -25,7 +25,7 @@ def some_tensors():
 
 
 def staged(contents):
-    buffers, copies = Buffers(), Copies(contents)
+    buffers, copies = Buffers(), Copies()
     buffers.lay_out(contents)
     buffers.fill(contents, copies)
     copies.wait()
@@ -95,7 +95,7 @@ def test_copies_from_a_gpu_come_before_what_is_queued_after_the_gate():
         pytest.skip("no GPU")
     tensors = {f"x{number}": torch.full((1 << 22,), 1.0, device="cuda") for number in range(20)}
     contents = {"f": Content(tensors)}
-    buffers, copies = Buffers(), Copies(contents)
+    buffers, copies = Buffers(), Copies()
     buffers.lay_out(contents)
     assert buffers.files["f"].memory.is_pinned()
     buffers.fill(contents, copies)

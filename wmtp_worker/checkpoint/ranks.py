@@ -102,6 +102,7 @@ def logical_name(file: str) -> str:
 def own_part(tensors: Tensors, ranks: Ranks) -> Content:
     """What this rank writes: the pieces it holds of sharded tensors, and, on rank 0, what is not sharded. No copies.
 
+    Modules under FSDP2 must be sharded when their parameters are listed (`reshard()`), as they are after a backward.
     Of a piece that several ranks hold, the one that is first in each replicated dimension of the mesh writes it.
     """
     mine: dict[str, torch.Tensor] = {}

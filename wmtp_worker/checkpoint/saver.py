@@ -45,7 +45,7 @@ class Cost:
     """What one save cost, in seconds: `pause` of the training's thread, and behind it the copy and the writing."""
 
     step: int
-    bytes: int
+    bytes: int = 0
     pause: float = 0.0
     copy: float = 0.0
     write: float = 0.0
@@ -54,11 +54,13 @@ class Cost:
 @dataclass(eq=False)
 class _Save:
     snapshot: Snapshot
-    contents: Mapping[str, Content]
-    copies: Copies
-    cost: Cost
+    contents: Mapping[str, Content] = field(default_factory=dict)
+    copies: Copies = field(default_factory=Copies)
+    buffers: Buffers | None = None
     done: int = 0  # bytes
-    buffers: Buffers | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        self.cost = Cost(self.snapshot.step)
 
     @property
     def name(self) -> str:
@@ -138,7 +140,7 @@ class Saver:
         self._raise_error()
         if self._free is None:
             self.prepare(snapshot.tensors)
-        save = self._new(snapshot.by_value())
+        save = _Save(snapshot.by_value())
         if not self._threads:
             self._write_or_skip(save)
             save.cost.pause += time.perf_counter() - started
@@ -189,7 +191,7 @@ class Saver:
             folder = self._paths.step(snapshot.step)
             if (last := self._last) and (last.snapshot.step, last.snapshot.kind) == (snapshot.step, "full"):
                 return folder
-            self._write(self._new((snapshot if kind == "full" else snapshot.trainable_only()).by_value()))
+            self._write(_Save((snapshot if kind == "full" else snapshot.trainable_only()).by_value()))
             return folder
         finally:
             with self._changed:
@@ -243,6 +245,7 @@ class Saver:
             started = time.perf_counter()
             try:
                 assert save.buffers is not None
+                self._look_at(save)
                 save.buffers.lay_out(save.contents)
                 save.buffers.fill(save.contents, save.copies)
                 save.cost.copy = time.perf_counter() - started
@@ -325,6 +328,7 @@ class Saver:
         started = time.perf_counter()
         staged = None if save.buffers is None else save.buffers.files
         if staged is None:
+            self._look_at(save)
             self._inspect({name: content.tensors for name, content in save.contents.items()})
         else:
             self._inspect({name: file.views for name, file in staged.items()})
@@ -359,10 +363,11 @@ class Saver:
 
     # --- both --------------------------------------------------------------------------------------------------
 
-    def _new(self, snapshot: Snapshot) -> _Save:
-        contents = store.contents_of(snapshot, self._ranks)
-        size = sum(value.nbytes for content in contents.values() for value in content.tensors.values())
-        return _Save(snapshot, contents, Copies(contents), Cost(snapshot.step, size))
+    def _look_at(self, save: _Save) -> None:
+        # not in `save`: with thousands of tensors this takes milliseconds
+        save.contents = store.contents_of(save.snapshot, self._ranks)
+        every = (value for content in save.contents.values() for value in content.tensors.values())
+        save.cost.bytes = sum(value.nbytes for value in every)
 
     def _unfinished(self) -> list[_Save]:
         return [save for save in (self._asked, self._copying, *self._staged, self._writing) if save is not None]

@@ -41,10 +41,9 @@ class StagedFile:
 
     @classmethod
     def for_(cls, content: Content) -> "StagedFile":
-        """A buffer for such tensors, its pages already in place; pinned where one of them lies on a CUDA device."""
+        """A buffer for such tensors, its pages already in place; pinned where CUDA is used."""
         layout = lay_out(content.tensors, content.metadata)
-        pinned = any(value.is_cuda for value in content.tensors.values())
-        memory = torch.empty(layout.nbytes, dtype=torch.uint8, pin_memory=pinned).zero_()
+        memory = torch.empty(layout.nbytes, dtype=torch.uint8, pin_memory=torch.cuda.is_initialized()).zero_()
         memory[: len(layout.header)] = torch.frombuffer(bytearray(layout.header), dtype=torch.uint8)
         views = {}
         for name, offset in layout.offsets.items():
@@ -106,9 +105,10 @@ class Copies:
     the host.
     """
 
-    def __init__(self, contents: Mapping[str, Content]) -> None:
-        devices = {value.device for content in contents.values() for value in content.tensors.values() if value.is_cuda}
-        self._taken = {device: torch.cuda.current_stream(device).record_event() for device in devices}
+    def __init__(self) -> None:
+        # a process trains on one device
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_initialized() else None
+        self._taken = {} if device is None else {device: torch.cuda.current_stream(device).record_event()}
         self._copied: dict[torch.device, torch.cuda.Event] = {}
         self._before: list[torch.cuda.Stream] = []
 

@@ -1,9 +1,9 @@
 """The bytes of a safetensors file, laid out before they are there.
 
 The format (https://huggingface.co/docs/safetensors/index#format): 8 bytes, little-endian, the header's length; the
-header, JSON, padded with spaces; the tensors' bytes without gaps. Tensors are ordered by size of their
-elements, largest first, then by dtype and name, so that each one is aligned. We lay files out ourselves because the stock
-one copies every byte while it holds the GIL, which stops the training loop for as long.
+header, JSON, padded with spaces; the tensors' bytes without gaps. Tensors are ordered by
+the size of their elements, largest first, so that each one is aligned, then by dtype and name. We lay files out
+ourselves because the stock serialiser copies every byte while it holds the GIL, which stops the training for as long.
 """
 
 import hashlib
