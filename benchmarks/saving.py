@@ -244,8 +244,8 @@ def on_paper(disk: float = 2e9, line: float = 1.25e9, bus: float = 25e9, per_day
     """7B parameters, AdamW, fp32 weights and moments, sharded over 8 GPUs of one host.
 
     `disk`, `line` and `bus` (of each GPU) in bytes/s. Young (1974) and, to first order, Daly (2006): the interval is
-    sqrt(2 · cost of a save · mean time between interruptions). The cost is the pause, so what bounds the interval is how
-    long a save is on its way.
+    sqrt(2 · cost of a save · mean time between interruptions). The cost is the pause, so what bounds the interval is
+    how long a save is on its way.
     """
     state = 7e9 * 12
     written, sent = state / disk, state / line
