@@ -8,7 +8,7 @@ import pytest
 from tests.kills.processes import Worker
 from wmtp_worker.storage.layout import RunPaths, parse_step
 
-CHAINS, KILLS = 4, 5  # each chain is killed so often before it may end
+CHAINS, KILLS = 2, 5  # each chain is killed so often before it may end
 SAVE_EVERY = 3
 LIMIT = 120.0  # seconds for any one process
 
