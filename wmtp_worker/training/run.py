@@ -12,7 +12,7 @@ from rich.console import Console
 from wmtp_worker.checkpoint.ledger import How, Ledger, Phases, read_heartbeat
 from wmtp_worker.checkpoint.losses import summarise
 from wmtp_worker.checkpoint.store import sweep
-from wmtp_worker.errors import Interrupted, NotSafeError, WorkerError
+from wmtp_worker.errors import Interrupted, WorkerError
 from wmtp_worker.host.notices import NoticeWatcher
 from wmtp_worker.host.stop import StopRequest
 from wmtp_worker.host.watchdog import Watchdog
@@ -150,12 +150,7 @@ def _publish(session: Session) -> None:
         what = f"{interruption.what}; the run is finished, but not all of it is in the bucket yet"
         raise Interrupted(what, fix=interruption.fix) from None
     if not_safe:
-        names = ", ".join(not_safe)
-        raise NotSafeError(
-            f"the run is finished, but not in the bucket yet: {names}; {next(iter(not_safe.values()))}",
-            where=session.bucket.url,
-            fix=f"start the same command again with the same work directory, {session.paths.workdir}",
-        )
+        raise session.bucket.not_safe_error(not_safe)
 
 
 def _draw(paths: RunPaths) -> None:
