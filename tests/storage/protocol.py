@@ -148,6 +148,7 @@ class Worker:
         self.paths = RunPaths(workdir, "tiny")
         self.result = ""
         self.epoch = 0
+        self.next = ""  # the call that it waits to make
         self._dead = False
         self._order = ""
         self._operation: Callable[[], Any] | None = None
@@ -183,7 +184,7 @@ class Worker:
     def call(self, operation: Callable[[], Any], what: str) -> Any:
         if self._dead:
             raise Killed
-        self._operation = operation
+        self._operation, self.next = operation, what
         self._parked.release()
         self._go.acquire()
         self._operation = None

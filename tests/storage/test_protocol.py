@@ -5,6 +5,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 
 from hypothesis import HealthCheck, Phase, settings
@@ -23,6 +24,14 @@ from tests.storage.protocol import KEEP_LAST, Worker, World, new_workdir
 EXAMPLES = int(os.environ.get("WMTP_PROTOCOL_EXAMPLES", "0"))
 WORKERS = st.sampled_from([0, 1])
 CALLS = st.integers(1, 12)
+POINTS = (
+    "put .*/step_.*/manifest.json",
+    "delete .*/step_.*/manifest.json",
+    "put .*/lease.json",
+    "(put|copy) .*/e[0-9]+/",
+    "delete .*/e[0-9]+/",
+    "list .*/step_",
+)
 
 
 class Protocol(RuleBasedStateMachine):
@@ -42,7 +51,7 @@ class Protocol(RuleBasedStateMachine):
 
     @rule(number=WORKERS, wipe=st.booleans(), back=st.integers(0, 9), calls=CALLS)
     def start(self, number, wipe, back, calls):
-        if self.alive(number) or self.lives > 12:
+        if self.alive(number) or self.lives > 40:
             return
         if wipe or back == 0 or self.must_wipe(number):
             shutil.rmtree(self.workdirs[number])
@@ -71,6 +80,52 @@ class Protocol(RuleBasedStateMachine):
     @rule(number=WORKERS, calls=st.integers(20, 200))
     def go_far(self, number, calls):
         self.go(number, calls)
+
+    @rule(number=WORKERS, point=st.sampled_from(POINTS), times=st.integers(1, 2))
+    def go_to(self, number, point, times):
+        """Stop right before a call on which much depends."""
+        for _ in range(times):
+            self.go(number, 1)
+            for _ in range(300):
+                if not self.alive(number) or re.match(point, self.workers[number].next):
+                    break
+                self.go(number, 1)
+
+    @rule(number=WORKERS, wipe=st.booleans(), back=st.integers(0, 9))
+    def take_over(self, number, wipe, back):
+        """Another worker finds that the lease has run out, and decides where it goes on."""
+        self.world.now += 10
+        if self.alive(number):
+            self.crash(number, "die before")
+        self.start(number, wipe, back, 1)
+        for _ in range(100):
+            if not self.alive(number) or self.workers[number].epoch in self.world.began:
+                break
+            self.go(number, 1)
+
+    @rule(
+        number=WORKERS,
+        point=st.sampled_from(POINTS),
+        times=st.integers(1, 2),
+        wipe=st.booleans(),
+        back=st.integers(0, 9),
+        others_calls=st.integers(0, 60),
+        other_dies=st.booleans(),
+        calls=st.integers(1, 3),
+    )
+    def stall(self, number, point, times, wipe, back, others_calls, other_dies, calls):
+        """One is paused right before such a call, another takes over and perhaps dies, the first one wakes up."""
+        if not self.alive(number):
+            self.take_over(number, wipe, 9)
+        self.go_to(number, point, times)
+        other = 1 - number
+        self.take_over(other, wipe, back)
+        self.go(other, others_calls)
+        if other_dies:
+            self.crash(other, "die before")
+        self.go(number, calls)
+        if other_dies:
+            self.take_over(other, True, 9)
 
     @rule(number=WORKERS, how=st.sampled_from(["fail", "lost"]), times=st.integers(1, 3))
     def trouble(self, number, how, times):
@@ -141,7 +196,7 @@ def test_the_protocol(monkeypatch):
         Protocol,
         settings=settings(
             max_examples=EXAMPLES or 60,
-            stateful_step_count=60,
+            stateful_step_count=25,
             derandomize=not EXAMPLES,
             deadline=None,
             database=None,
