@@ -5,13 +5,14 @@ import multiprocessing
 import os
 import socket
 import time
+import traceback
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors import safe_open
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from wmtp_worker.checkpoint import restore, store
@@ -26,7 +27,8 @@ from wmtp_worker.storage.layout import RunPaths
 
 from .conftest import FACTS
 
-_SECONDS = 100  # after which processes that hang are killed
+_IMPORTS = ["torch.distributed.checkpoint", "torch.distributed.fsdp", "wmtp_worker.checkpoint.restore"]
+_SECONDS = 240  # after which processes that hang are killed
 
 
 def together(world, job, *arguments):
@@ -35,7 +37,7 @@ def together(world, job, *arguments):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # one server imports torch, once; the processes are its children
-    multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "wmtp_worker.checkpoint.saver"])
+    multiprocessing.set_forkserver_preload(_IMPORTS)
     arguments = (world, port, job, arguments)
     context = mp.start_processes(_in_group, arguments, nprocs=world, join=False, start_method="forkserver")
     end = time.monotonic() + _SECONDS
@@ -53,20 +55,19 @@ def _in_group(rank, world, port, job, arguments):
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     try:
         job(rank, world, *arguments)
+    except BaseException:
+        traceback.print_exc()  # the first that fails is not the one whose words are reported
+        raise
     finally:
         dist.destroy_process_group()
 
 
-def small_model(world, replicas=1, frozen=False):
+def small_model(world, mesh=None, frozen=False):
     """An odd size, so that the last rank has less, and of the last layer's bias some have nothing."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(7, 13), torch.nn.Tanh(), torch.nn.Linear(13, 3), torch.nn.LayerNorm(3))
     model[0].requires_grad_(not frozen)
     if world > 1:
-        if replicas > 1:
-            mesh = init_device_mesh("cpu", (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
-        else:
-            mesh = init_device_mesh("cpu", (world,))
         for layer in (model[0], model[2]):
             fully_shard(layer, mesh=mesh)  # the LayerNorm stays whole, on every rank
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -99,13 +100,14 @@ def whole(tensors):
     }
 
 
-def save(rank, world, workdir, replicas, frozen):
+def save(ranks, workdir, mesh, frozen):
     """Train, save in the background with a step in between, and leave the truth beside it."""
-    model, names, optimizer = small_model(world, replicas, frozen)
+    world = ranks.world
+    model, names, optimizer = small_model(world, mesh, frozen)
     take_steps(model, optimizer, 2)
     paths = RunPaths(workdir, "run")
     told = []
-    with Saver(paths, ranks=Ranks.of_process_group(), written=lambda step, folder: told.append(step)) as saver:
+    with Saver(paths, ranks=ranks, written=lambda step, folder: told.append(step)) as saver:
         snapshot = snapshot_of(2, model, names, optimizer)
         truth = [whole(dict(model.named_parameters())), whole(optimizer_tensors(optimizer, names))]
         truth = [{name: value.clone() for name, value in tensors.items()} for tensors in truth]
@@ -119,17 +121,17 @@ def save(rank, world, workdir, replicas, frozen):
                 saver.flush()  # several ranks wait instead of taking the newest
         saver.flush()
         saver.save_now(snapshot_of(6, model, names, optimizer))
-    assert told == ([2, 3, 4, 5, 6] if rank == 0 else [])
-    if rank == 0:
+    assert told == ([2, 3, 4, 5, 6] if ranks.first else [])
+    if ranks.first:
         torch.save(truth, workdir / "truth.pt")
 
 
-def load(rank, world, workdir, frozen):
+def load(ranks, workdir, mesh, frozen):
     """Restore onto this number of ranks, compare every bit, and train on."""
     paths = RunPaths(workdir, "run")
-    ranks = Ranks.of_process_group() if world > 1 else Ranks()
+    world = ranks.world
     checkpoint = restore.find(paths, 2, ranks)
-    model, names, optimizer = small_model(world, 1, frozen)
+    model, names, optimizer = small_model(world, mesh, frozen)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
@@ -155,33 +157,56 @@ def checkpoint_after(paths, ranks):
     return restore.find(paths, 3, ranks).model_tensors()
 
 
-@pytest.mark.parametrize(
-    ("world", "replicas", "frozen"), [(1, 1, False), (2, 1, True), (4, 1, False), (4, 2, False)], ids=str
-)
-def test_every_number_of_ranks_reads_what_another_wrote(tmp_path, world, replicas, frozen):
-    together(world, save, tmp_path, replicas, frozen)
-    paths = RunPaths(tmp_path, "run")
-    files = sorted(path.name for path in paths.step(2).iterdir())
-    if world == 2:
-        assert "model.rank00001-of-00002.safetensors" in files
-        assert len(list((paths.checkpoints / SHARED).iterdir())) == 2
-    if replicas == 2:  # each piece once, the replicas of rank 0 and 1 have nothing of their own
-        assert not any("rank00002" in name or "rank00003" in name for name in files)
-    load(0, 1, tmp_path, frozen)
-    for others in (2, 4):
-        together(others, load, tmp_path, frozen)
-    # and whole, without any model
-    checkpoint = restore.find(paths, "auto")
-    assert checkpoint.manifest.world_size == world
-    model, names, optimizer = small_model(1, 1, frozen)
-    model.load_state_dict(checkpoint.model_tensors())
-    load_optimizer(optimizer, names, checkpoint.tensors(OPTIMIZER), "here")
+WAYS = {  # folder: ranks that save, replicas of each piece, whether the first layer is frozen
+    "one": (1, 1, False),
+    "two": (2, 1, True),
+    "four": (4, 1, False),
+    "two by two": (4, 2, False),
+}
+
+
+def save_and_load_every_way(rank, world, workdir):
+    """Every number of ranks saves, and every number loads what each one saved; those left over wait."""
+    meshes = {number: DeviceMesh("cpu", torch.arange(number)) for number in (2, 4)}
+    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    groups = {number: dist.new_group(range(number), backend="gloo") for number in (2, 4)}
+    sides = {number: Ranks(rank, number, group) for number, group in groups.items()} | {1: Ranks()}
+    for folder, (savers, replicas, frozen) in WAYS.items():
+        if rank < savers:
+            save(sides[savers], workdir / folder, meshes.get(savers) if replicas == 1 else square, frozen)
+        dist.barrier()
+        for loaders in (1, 2, 4):
+            if rank < loaders:
+                load(sides[loaders], workdir / folder, meshes.get(loaders), frozen)
+        dist.barrier()
+
+
+@pytest.mark.slow
+def test_every_number_of_ranks_reads_what_another_wrote(tmp_path):
+    for folder in WAYS:
+        (tmp_path / folder).mkdir()
+    together(4, save_and_load_every_way, tmp_path)
+    for folder, (world, replicas, frozen) in WAYS.items():
+        paths = RunPaths(tmp_path / folder, "run")
+        files = sorted(path.name for path in paths.step(2).iterdir())
+        assert ("model.rank00001-of-00002.safetensors" in files) == (world == 2)
+        if frozen:
+            assert len(list((paths.checkpoints / SHARED).iterdir())) == world
+        if replicas == 2:  # each piece once: the second replica writes nothing
+            assert any("rank00001-of-00004" in name for name in files)
+            assert not any("rank00002" in name or "rank00003" in name for name in files)
+        # and whole, without any ranks
+        checkpoint = restore.find(paths, "auto")
+        assert checkpoint.manifest.world_size == world
+        model, names, optimizer = small_model(1, None, frozen)
+        model.load_state_dict(checkpoint.model_tensors())
+        load_optimizer(optimizer, names, checkpoint.tensors(OPTIMIZER), "here")
 
 
 def fail_on_one(rank, world, workdir, error):
     paths = RunPaths(workdir, "run")
     ranks = Ranks.of_process_group()
-    model, names, optimizer = small_model(world)
+    model, names, optimizer = small_model(world, init_device_mesh("cpu", (world,)))
     take_steps(model, optimizer, 1)
     tries = []
 
@@ -212,7 +237,7 @@ def test_where_one_rank_fails_there_is_no_step(tmp_path, error):
 
 def die_on_one(rank, world, workdir):
     ranks = Ranks.of_process_group(timeout_seconds=5)
-    model, names, optimizer = small_model(world)
+    model, names, optimizer = small_model(world, init_device_mesh("cpu", (world,)))
 
     def dying(size):
         if rank == 1:
