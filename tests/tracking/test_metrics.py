@@ -6,7 +6,6 @@ import resource
 
 import pytest
 
-from wmtp_worker.errors import DiskFullError
 from wmtp_worker.storage.layout import RunPaths
 from wmtp_worker.tracking.console import logging_to_console, logging_to_file
 from wmtp_worker.tracking.heartbeat import Heartbeat
@@ -17,7 +16,8 @@ def test_resuming_cuts_back_to_where_the_checkpoint_saw_it(tmp_path):
     path = tmp_path / "logs" / "metrics.jsonl"
     with MetricsLog(path, 0) as metrics:
         metrics.write("train", 1, loss=0.1)
-        size = metrics.sync()
+        metrics.sync()
+        size = metrics.size
         metrics.write("train", 2, loss=0.2)
     with MetricsLog(path, size) as metrics:
         metrics.write("train", 2, loss=0.3)
@@ -44,17 +44,25 @@ def test_a_lost_record_is_said(tmp_path, caplog):
     assert "steps are missing from the record" in caplog.text
 
 
-def test_a_record_that_fits_only_in_part_is_no_record(tmp_path):
+def test_what_a_full_disk_does_not_take_waits_for_room(tmp_path, caplog):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with MetricsLog(tmp_path / "m.jsonl", 0) as metrics:
+    path = tmp_path / "m.jsonl"
+    with MetricsLog(path, 0) as metrics:
         metrics.write("train", 1, loss=0.1)
+        size = metrics.size
         # what a full disk does too: the first part of the line is written, and nothing raised
-        resource.setrlimit(resource.RLIMIT_FSIZE, (metrics.size + 10, limits[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, limits[1]))
         try:
-            with pytest.raises(DiskFullError, match="the disk is full"):
-                metrics.write("train", 2, loss=0.2)
+            metrics.write("train", 2, loss=0.2)
+            metrics.write("train", 3, loss=0.3)
+            assert metrics.size == size == path.stat().st_size
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert [line["step"] for line in read(path)] == [1]
+        assert caplog.text.count("waits in memory") == 1
+        metrics.write("train", 4, loss=0.4)
+        assert metrics.size == path.stat().st_size
+    assert [line["step"] for line in read(path)] == [1, 2, 3, 4]
 
 
 def test_the_heartbeat_is_throttled_but_never_between_phases(tmp_path):

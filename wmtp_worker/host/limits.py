@@ -35,7 +35,7 @@ def memory_limit(root: Path = ROOT) -> int | None:
 
 
 def memory_available(root: Path = ROOT) -> int | None:
-    """Bytes of memory that are still free to this process, as far as the machine and its own limit say; None if unknown.
+    """Bytes of memory still free to this process, as far as the machine and its own limit say; None if unknown.
 
     What other processes in the same container use counts only against the machine.
     """

@@ -4,9 +4,11 @@ import errno
 import json
 import logging
 import os
+from collections import deque
 from pathlib import Path
 from typing import Any, Self
 
+from wmtp_worker.errors import DiskFullError
 from wmtp_worker.storage.atomic import disk_errors
 
 log = logging.getLogger(__name__)
@@ -21,31 +23,61 @@ class MetricsLog:
 
     def __init__(self, path: Path, resume_at: int) -> None:
         """Open `path` and drop everything after byte `resume_at` (0 starts anew)."""
+        self._waiting: deque[bytes] = deque()
+        self._full = False
         with disk_errors(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a+b", buffering=0)
-        if self.size < resume_at:
+        there = os.fstat(self._file.fileno()).st_size
+        if there < resume_at:
             log.warning("%s is shorter than the checkpoint knew it: steps are missing from the record", path)
-        self._file.truncate(min(self.size, resume_at))
+        self._size = min(there, resume_at)
+        self._file.truncate(self._size)
 
     @property
     def size(self) -> int:
-        return os.fstat(self._file.fileno()).st_size
+        """Bytes in the file, all of whole records."""
+        self._flush()
+        return self._size
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """Append one record in a single write; a torn last line is possible only if the machine dies."""
-        line = (json.dumps({"kind": kind, "step": step, **values}, ensure_ascii=False) + "\n").encode()
-        with disk_errors(Path(self._file.name).parent):
-            # unbuffered: what does not fit any more is not written, without a word
-            if self._file.write(line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        """Append one record in a single write; a torn last line is possible only if the machine dies.
 
-    def sync(self) -> int:
-        """Make everything so far durable; returns the size that a checkpoint may rely on."""
+        What a full disk does not take is kept in memory, warned about, and written once there is room.
+        """
+        line = (json.dumps({"kind": kind, "step": step, **values}, ensure_ascii=False) + "\n").encode()
+        self._waiting.append(line)
+        self._flush()
+
+    def _flush(self) -> None:
+        try:
+            while self._waiting:
+                self._append(self._waiting[0])
+                self._waiting.popleft()
+        except DiskFullError as error:
+            if not self._full:
+                log.warning("the record of the run waits in memory: %s", error)
+        self._full = bool(self._waiting)
+
+    def _append(self, line: bytes) -> None:
+        with disk_errors(Path(self._file.name).parent):
+            try:
+                # unbuffered: of what does not fit any more only a part is written, without a word
+                if self._file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                self._file.truncate(self._size)
+                raise
+        self._size += len(line)
+
+    def sync(self) -> None:
+        """Make the file durable as it is. From any thread."""
         os.fsync(self._file.fileno())
-        return self.size
 
     def close(self) -> None:
+        self._flush()
+        if self._waiting:
+            log.warning("%s lacks its end: the disk is full", self._file.name)
         self._file.close()
 
     def __enter__(self) -> Self:
