@@ -17,6 +17,7 @@ class MemoryStore:
 
     def __init__(self, now: Callable[[], float] = lambda: 0.0) -> None:
         self.objects: dict[str, tuple[ObjectInfo, bytes]] = {}
+        self.changes = 0
         self._now = now
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
@@ -56,6 +57,7 @@ class MemoryStore:
             if there is not None and if_version not in (None, there[0].version):
                 raise PreconditionFailed("changed", where=key)
             self.objects.pop(key, None)
+            self.changes += 1
 
     def begin(self, key: str, size: int, sha256: str, part_size: int, token: Mapping[str, str] | None) -> PartUpload:
         raise NotImplementedError
@@ -70,6 +72,7 @@ class MemoryStore:
         modified = datetime.fromtimestamp(int(self._now()), UTC)  # whole seconds, as most servers tell them
         info = ObjectInfo(key, len(data), f"v{next(self._numbers)}", sha256, None, modified)
         self.objects[key] = info, data
+        self.changes += 1
         return info
 
     def _found(self, key: str) -> tuple[ObjectInfo, bytes]:

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 
+import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -24,12 +25,14 @@ from tests.storage.protocol import KEEP_LAST, Worker, World, new_workdir
 EXAMPLES = int(os.environ.get("WMTP_PROTOCOL_EXAMPLES", "0"))
 WORKERS = st.sampled_from([0, 1])
 CALLS = st.integers(1, 12)
+# of clocks: one that stands still is that of a machine that was frozen
+RATES = (0.0, 0.8, 1.0, 1.25)
 POINTS = (
     "put .*/step_.*/manifest.json",
     "delete .*/step_.*/manifest.json",
     "put .*/lease.json",
-    "(put|copy) .*/e[0-9]+/",
-    "delete .*/e[0-9]+/",
+    "(put|copy) .*/(step_[0-9]+|shared)/(?!manifest)",
+    "delete .*/(step_[0-9]+|shared)/(?!manifest)",
     "list .*/step_",
 )
 
@@ -37,7 +40,7 @@ POINTS = (
 class Protocol(RuleBasedStateMachine):
     """Two places where a worker may run; what happens there, in any order."""
 
-    @initialize(rates=st.tuples(*[st.sampled_from([0.8, 1.0, 1.25])] * 2))
+    @initialize(rates=st.tuples(*[st.sampled_from(RATES)] * 2))
     def begin(self, rates):
         self.world = World()
         self.rates = rates
@@ -109,7 +112,7 @@ class Protocol(RuleBasedStateMachine):
         times=st.integers(1, 2),
         wipe=st.booleans(),
         back=st.integers(0, 9),
-        others_calls=st.integers(0, 60),
+        others_calls=st.one_of(st.integers(0, 12), st.integers(0, 80)),
         other_dies=st.booleans(),
         calls=st.integers(1, 3),
     )
@@ -126,6 +129,20 @@ class Protocol(RuleBasedStateMachine):
         self.go(number, calls)
         if other_dies:
             self.take_over(other, True, 9)
+
+    @rule(first=WORKERS, calls=CALLS)
+    def race(self, first, calls):
+        """Two find a free lease at the same time."""
+        for number in (0, 1):
+            if self.alive(number):
+                self.crash(number, "die after")
+        self.world.now += 10
+        for number in (0, 1):
+            self.start(number, False, 9, 0)
+            self.go_to(number, "put .*/lease.json", 1)
+        self.go(first, calls)
+        self.go(1 - first, calls)
+        self.go(first, 60)
 
     @rule(number=WORKERS, how=st.sampled_from(["fail", "lost"]), times=st.integers(1, 3))
     def trouble(self, number, how, times):
@@ -185,13 +202,51 @@ class Protocol(RuleBasedStateMachine):
         assert set(view.places) == view.named()
 
 
-def test_the_protocol(monkeypatch):
-    # one call of a worker at a time, and no waiting for disks
+@pytest.fixture
+def calls_one_by_one(monkeypatch):
+    """One call of a worker at a time, and no waiting for disks."""
     monkeypatch.setattr("wmtp_worker.storage.sealed._FILES_AT_ONCE", 1)
     monkeypatch.setattr("wmtp_worker.storage.published._READ_AT_ONCE", 1)
     for module in ("atomic", "sealed"):
         monkeypatch.setattr(f"wmtp_worker.storage.{module}.fsync_path", lambda path: None)
     monkeypatch.setattr("wmtp_worker.storage.lease.log.disabled", True)
+
+
+def until(worker, point):
+    for _ in range(300):
+        if not worker.alive or re.match(point, worker.next):
+            return
+        worker.step()
+
+
+def test_what_a_paused_worker_writes_late_is_not_gone_on_from(calls_one_by_one, tmp_path):
+    world = World()
+
+    def life(name, goal=4):
+        return Worker(world, tmp_path / name, name, 1.0, False, goal)
+
+    manifest = "put .*/step_2/manifest.json"
+    first = life("first")
+    until(first, manifest)
+    world.now += 10
+    second = life("second")
+    until(second, manifest)
+    assert world.began == {1: 0, 2: 1}
+    second.kill()
+    first.step()  # the manifest of step 2, long after it looked at its lease
+    assert world.view().manifests[2].epoch == 1
+    until(first, "nothing")
+    assert first.result == "held"
+    world.now += 10
+    third = life("third")
+    until(third, manifest)
+    assert world.began[3] == 1
+    until(third, "nothing")
+    world.check()
+    assert [(step, one.epoch) for step, one in world.view().manifests.items()] == [(3, 3), (4, 3)]
+
+
+def test_the_protocol(calls_one_by_one):
     run_state_machine_as_test(
         Protocol,
         settings=settings(
