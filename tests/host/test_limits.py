@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from wmtp_worker.host.limits import cpu_limit, disk_free, memory_limit, shm_size, visible_cpus
+from wmtp_worker.host.limits import cpu_limit, disk_free, memory_available, memory_limit, shm_size, visible_cpus
 
 GIB = 1 << 30
 MEMINFO = {"proc/meminfo": "MemTotal:       16777216 kB\nMemFree:  1 kB\n"}
@@ -113,6 +113,14 @@ def test_cpu_limit_is_never_more_than_the_cpus_we_may_run_on(machine, monkeypatc
 )
 def test_memory_limit(machine, files, size):
     assert memory_limit(machine(*files)) == size
+
+
+def test_memory_available(machine):
+    own = {"proc/self/statm": "9 1 0 0 0 0 0\n"}  # one resident page
+    free = {"proc/meminfo": "MemTotal: 16777216 kB\nMemAvailable: 4194304 kB\n"}
+    assert memory_available(machine(free, own)) == 4 * GIB
+    assert memory_available(machine(V2, cgroup(**{"memory.max": f"{GIB}\n"}))) == GIB - os.sysconf("SC_PAGE_SIZE")
+    assert memory_available(machine({"proc/meminfo": ""}, cgroup(**{"memory.max": "max\n"}))) is None
 
 
 def test_this_machine():

@@ -182,7 +182,11 @@ class Saver:
         """
         self._held = self._ranks.world == 1  # several ranks would not hold at the same save
         try:
-            self._wait_for_copies()
+            if self._held:
+                with self._changed:
+                    if self._asked is not None:  # not begun: what replaces it is read from the tensors themselves
+                        self._asked = self._ungated = None
+            self.gate()
             self._wait(lambda: self._writing is None and (self._held or not self._staged))
             self._raise_error()
             with self._changed:
@@ -244,8 +248,8 @@ class Saver:
     def _copy_all(self) -> None:
         while (save := self._next_to_copy()) is not None:
             started = time.perf_counter()
+            assert save.buffers is not None
             try:
-                assert save.buffers is not None
                 self._look_at(save)
                 save.buffers.lay_out(save.contents)
                 save.buffers.fill(save.contents, save.copies)
@@ -352,17 +356,12 @@ class Saver:
             folder = write()
         save.cost.write = time.perf_counter() - started
         self._last = save
-        cost = save.cost
-        log.info(
-            "saved %s: %.1f MB, paused %.1f ms, copied in %.2f s, written in %.2f s",
-            *(save.name, cost.bytes / 1e6, 1e3 * cost.pause, cost.copy, cost.write),
-        )
+        told = (save.name, save.cost.bytes / 1e6, 1e3 * save.cost.pause, save.cost.copy, save.cost.write)
+        log.info("saved %s: %.1f MB, paused %.1f ms, copied in %.2f s, written in %.2f s", *told)
         # the tensors are not needed any more: let go of them
         save.snapshot, save.contents = replace(save.snapshot, tensors={}, frozen={}), {}
         if self._ranks.first:
             self._written(save.snapshot.step, folder)
-
-    # --- both --------------------------------------------------------------------------------------------------
 
     def _look_at(self, save: _Save) -> None:
         # not in `save`: with thousands of tensors this takes milliseconds
@@ -372,14 +371,6 @@ class Saver:
 
     def _unfinished(self) -> list[_Save]:
         return [save for save in (self._asked, self._copying, *self._staged, self._writing) if save is not None]
-
-    def _wait_for_copies(self) -> None:
-        if self._held:
-            with self._changed:
-                if (save := self._asked) is not None:  # not begun: what replaces it is read from the tensors themselves
-                    self._asked = self._ungated = None
-                    log.debug("%s is not copied", save.name)
-        self.gate()
 
     def _wait(self, ready: Callable[[], bool], seconds: float | None = None) -> bool:
         end = None if seconds is None else time.monotonic() + seconds
