@@ -39,12 +39,12 @@ def test_a_second_worker_ends_with_79_before_it_trains(bucket, onlooker, tiny_ru
     onlooker.store.put("made", b"")
     lease = onlooker.hold(onlooker.run(RUN))
     lease.renew()
+    # the holder renews it meanwhile, every third of a minute at the latest: so it is told to at once
+    lease._seconds = 1.5
+    lease.close()
+    lease._stop.clear()
+    lease.start()
     with pytest.raises(RunHeldError, match="is being trained by pid") as caught:
-        # the holder renews it meanwhile, every third of a minute at the latest: so it is told to at once
-        lease._seconds = 1.5
-        lease.close()
-        lease._stop.clear()
-        lease.start()
         tiny_run(tmp_path / "work", *bucket)
     assert caught.value.exit_code == 79
     assert not RunPaths(tmp_path / "work", RUN).metrics.exists()
