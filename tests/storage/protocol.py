@@ -259,7 +259,7 @@ class Worker:
         side.sweep()
         while step < self.goal:
             step += 1
-            write_checkpoint(self.paths, step, self.epoch)
+            write_checkpoint(self.paths, step, f"{self.name}, epoch {self.epoch}")
             self._publish(side, step)
             side.prune(KEEP_LAST, step)
         lease.release()
@@ -290,20 +290,20 @@ class Worker:
             return
 
 
-def write_checkpoint(paths: RunPaths, step: int, epoch: int) -> None:
-    """A checkpoint of this step, as only this epoch makes it, on frozen tensors that all have in common."""
+def write_checkpoint(paths: RunPaths, step: int, maker: str) -> None:
+    """A checkpoint of this step, as only this worker makes it, on frozen tensors that all have in common."""
     folder = paths.step(step)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     entries = {}
     for name in ("model.safetensors", "state.json"):
-        data = f"{name} of step {step}, epoch {epoch}".encode()
+        data = f"{name} of step {step} by {maker}".encode()
         (folder / name).write_bytes(data)
         entries[name] = FileEntry(size=len(data), sha256=hashlib.sha256(data).hexdigest())
     shared = FileEntry(size=len(FROZEN), sha256=hashlib.sha256(FROZEN).hexdigest())
     paths.shared.mkdir(exist_ok=True)
     paths.blob(shared.sha256).write_bytes(FROZEN)
-    paths.best.write_bytes(f"best of {step // 2}, epoch {epoch}".encode())
+    paths.best.write_bytes(f"best of {step // 2} by {maker}".encode())
     manifest = {
         "step": step,
         "lease_epoch": 0,
