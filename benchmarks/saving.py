@@ -37,14 +37,20 @@ FACTS = {"settings_digest": "", "worker_version": "", "torch_version": torch.__v
 WIDTH, TOKENS = 1024, 192
 
 
+class Residual(torch.nn.Linear):
+    """Without the sum, values would shrink layer by layer to denormal numbers, with which everything is slow."""
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows + super().forward(rows).tanh()
+
+
 class Training:
     """A model whose weights and two moments have about `size` bytes, and steps that take some time."""
 
     def __init__(self, size: int) -> None:
         torch.manual_seed(0)
         layers = max(2, size // (12 * WIDTH * WIDTH))
-        blocks = [module for _ in range(layers) for module in (torch.nn.Linear(WIDTH, WIDTH), torch.nn.Tanh())]
-        self.model = torch.nn.Sequential(*blocks)
+        self.model = torch.nn.Sequential(*[Residual(WIDTH, WIDTH) for _ in range(layers)])
         self.names = {parameter: name for name, parameter in self.model.named_parameters()}
         self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
         self.rows = torch.randn(TOKENS, WIDTH)
@@ -109,6 +115,7 @@ def measure(size: int, rounds: int, folder: Path) -> dict[str, Any]:
             note("checkpoint", timed(lambda: store.write(blocking, training.snapshot(0))))  # noqa: B023
             shutil.rmtree(blocking.checkpoints)
             torch_async(training, folder, stager, note)
+            print({name: round(values[-1], 4) for name, values in seconds.items()}, flush=True)
             if number == 0:  # buffers of all sides are warm from here on
                 seconds.clear()
                 slowdown.clear()

@@ -36,7 +36,7 @@ from wmtp_worker.storage.layout import RunPaths, step_name
 
 log = logging.getLogger(__name__)
 
-# a share of about 3 % where the training wants every core; at 19 it is 1 %, and 2.4 GB took more than five minutes
+# by the scheduler's weights 3 % of a core that the training wants too; at 19, 1.5 %, it would take twice as long there
 _NICE = 15
 _TICK_SECONDS = 1.0
 
