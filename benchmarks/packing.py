@@ -9,14 +9,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from common import mbpp, median, record
 
+from wmtp_worker.checkpoint.ledger import Ledger, Phases
 from wmtp_worker.host.stop import StopRequest
 from wmtp_worker.settings import load
 from wmtp_worker.storage.layout import RunPaths
 from wmtp_worker.tracking.heartbeat import Heartbeat
 from wmtp_worker.tracking.metrics import MetricsLog
+from wmtp_worker.training.bucket import RunBucket
 from wmtp_worker.training.loop import train_step
 from wmtp_worker.training.session import Session
-from wmtp_worker.training.setup import set_up
+from wmtp_worker.training.setup import build_session
 
 STEPS = 12
 
@@ -30,8 +32,11 @@ def session(packing: bool, folder: Path) -> Session:
     )
     paths = RunPaths(settings.run.workdir, settings.run.name)
     paths.checkpoints.mkdir(parents=True)
-    made = set_up(settings, paths, StopRequest(), Heartbeat(paths.heartbeat, paths.run))
-    made.metrics = MetricsLog(paths.metrics, 0)
+    stop, heartbeat = StopRequest(), Heartbeat(paths.heartbeat, paths.run)
+    bucket = RunBucket(settings, paths, stop.check)
+    made = build_session(settings, paths, stop, heartbeat, bucket)
+    ledger = Ledger.begin(paths.ledger, paths.metrics, Phases(), gpus=1)
+    made.open(MetricsLog(paths.metrics, 0), ledger)
     return made
 
 

@@ -7,7 +7,7 @@ import resource
 import pytest
 
 from wmtp_worker.storage.layout import RunPaths
-from wmtp_worker.tracking.console import logging_to_console, logging_to_file
+from wmtp_worker.tracking.console import LogFile, logging_to_console
 from wmtp_worker.tracking.heartbeat import Heartbeat
 from wmtp_worker.tracking.metrics import MetricsLog, read
 
@@ -89,9 +89,28 @@ def test_secrets_reach_neither_console_nor_file(terminal, tmp_path, monkeypatch)
 
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted-secret-value")
     screen, path = io.StringIO(), RunPaths(tmp_path, "r").training_log
-    with logging_to_console("info", Console(file=screen, force_terminal=terminal)), logging_to_file(path):
+    with logging_to_console("info", Console(file=screen, force_terminal=terminal)), LogFile(path) as file:
         logging.getLogger("wmtp_worker.test").info("the key is %s", "planted-secret-value")
+        file.open()
     for text in (screen.getvalue(), path.read_text()):
         assert "the key is" in text
         assert "planted-secret-value" not in text
     assert logging.getLogger("wmtp_worker").handlers == []
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_the_log_has_what_came_before_it_could_be_opened(opened, tmp_path):
+    import io
+
+    from rich.console import Console
+
+    path = RunPaths(tmp_path, "r").training_log
+    with logging_to_console("info", Console(file=io.StringIO())), LogFile(path) as file:
+        logging.getLogger("wmtp_worker.test").debug("early")
+        assert not path.exists()
+        if opened:
+            file.open()
+            assert "early" in path.read_text()
+            logging.getLogger("wmtp_worker.test").debug("late")
+            assert "late" in path.read_text()
+    assert path.read_text().count("early") == 1

@@ -2,8 +2,8 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
-from logging.handlers import RotatingFileHandler
+from contextlib import contextmanager, suppress
+from logging.handlers import MemoryHandler, RotatingFileHandler
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -19,12 +19,14 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from wmtp_worker.errors import WorkerError
 from wmtp_worker.redact import RedactingFilter
 from wmtp_worker.storage.atomic import disk_errors
 
 LOGGER = "wmtp_worker"
 _FORMAT = "%(asctime)s %(levelname)-7s %(message)s"
 _LOG_BYTES = 10_000_000
+_EARLY_RECORDS = 100_000
 
 
 @contextmanager
@@ -49,15 +51,43 @@ def logging_to_console(level: str, console: Console) -> Iterator[None]:
         logger.propagate = before[1]
 
 
-@contextmanager
-def logging_to_file(path: Path) -> Iterator[None]:
-    """While it lasts, all that this package logs is appended to `path` too (rotated)."""
-    with disk_errors(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=3, encoding="utf-8")
-    file.setFormatter(logging.Formatter(_FORMAT))
-    with _handler(file):
-        yield
+class LogFile:
+    """All that this package logs, appended to a file (rotated). A context manager.
+
+    Until `open` it is kept in memory: an earlier machine's log may have to come from the bucket first. Leaving opens
+    the file too, so that what ended a run early is in it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._early = MemoryHandler(_EARLY_RECORDS, flushLevel=logging.CRITICAL + 1)
+
+    def open(self) -> None:
+        """Write what was kept, and from now on everything at once. Raises `DiskFullError`, `InputError`."""
+        with disk_errors(self._path.parent):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            file = RotatingFileHandler(self._path, maxBytes=_LOG_BYTES, backupCount=3, encoding="utf-8")
+        file.setFormatter(logging.Formatter(_FORMAT))
+        file.addFilter(RedactingFilter())
+        self._early.setTarget(file)
+        self._early.flush()
+        self._early.capacity = 1
+
+    def __enter__(self) -> Self:
+        logging.getLogger(LOGGER).addHandler(self._early)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        logging.getLogger(LOGGER).removeHandler(self._early)
+        if self._early.target is None:
+            with suppress(WorkerError):  # the run has ended with a reason of its own
+                self.open()
+        file = self._early.target
+        self._early.close()
+        if file is not None:
+            file.close()
 
 
 @contextmanager

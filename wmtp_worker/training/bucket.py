@@ -65,7 +65,8 @@ class RunBucket:
         # whether the bucket told what it has of this run: if not, nothing there is replaced
         self._seen = False
         self._began_at = 0
-        self._failed = False
+        self._fetches: dict[str, threading.Thread] = {}
+        self._errors: list[BaseException] = []
         self._saved = self._published = 0
         self._facts: Mapping[str, Any] = {}
         # called in the uploads' thread with a step that was published and the seconds that took
@@ -103,50 +104,60 @@ class RunBucket:
     # --- before the training ---------------------------------------------------------------------------------
 
     def fetch(self) -> None:
-        """Bring model, data and the checkpoint to resume from into the work directory, all at once.
+        """Bring model and data into the work directory. The checkpoint to resume from is on its way meanwhile.
 
-        Raises `AccessDenied`, `BucketNotFound`, `InputError`, `IntegrityError`, `DiskFullError`, `CheckpointError` for
-        one of a newer format, and `ExhaustedError` where model, data or the wanted step is only in the bucket.
+        Raises `AccessDenied`, `BucketNotFound`, `InputError`, `IntegrityError`, `DiskFullError`, and `ExhaustedError`
+        where model or data are only in the bucket, and that cannot be reached; and what `wait_for_checkpoint` raises.
         """
         transfer = None if self._sync is None else self._sync.transfer
-        started = time.perf_counter()
-        self._at_once(lambda: fetch(self._settings, transfer, self._poll), self._fetch_checkpoint)
+        self._began = time.perf_counter()
+        jobs = {"assets": lambda: fetch(self._settings, transfer, self._poll), "checkpoint": self._fetch_checkpoint}
+        for name, job in jobs.items():
+            # daemons: one that hangs in the network does not keep a stopped process alive
+            self._fetches[name] = threading.Thread(target=self._try, args=(job,), name=f"fetch-{name}", daemon=True)
+            self._fetches[name].start()
+        self._wait_for("assets")
+
+    def wait_for_checkpoint(self) -> None:
+        """Until the checkpoint to resume from is here, and the logs that belong to it.
+
+        Raises `RunHeldError`, `IntegrityError`, `DiskFullError`, `CheckpointError` for one of a newer format, and
+        `ExhaustedError` where the wanted step is only in the bucket.
+        """
+        self._wait_for("checkpoint")
         if self._side is not None:
-            log.info("the bucket is %s, looked through in %.1f s", self.url, time.perf_counter() - started)
+            log.info("the bucket is %s, looked through in %.1f s", self.url, time.perf_counter() - self._began)
 
-    def _at_once(self, *jobs: Callable[[], object]) -> None:
-        """Run the jobs in threads. The first error ends the others, and is raised; so is what `check` raises."""
-        errors: list[BaseException] = []
-
-        def run(job: Callable[[], object]) -> None:
-            try:
-                job()
-            except BaseException as error:
-                errors.append(error)
-                self._failed = True
-
-        # daemons: one that hangs in the network does not keep a stopped process alive
-        threads = [threading.Thread(target=run, args=(job,), name="fetch", daemon=True) for job in jobs]
-        for thread in threads:
-            thread.start()
+    def _try(self, job: Callable[[], object]) -> None:
         try:
-            for thread in threads:
-                while thread.is_alive():
-                    thread.join(1.0)
-                    self._tick()
-                    self._check()
-        except BaseException:
-            for thread in threads:
-                thread.join(_GRACE_SECONDS)
-            if any(thread.is_alive() for thread in threads):
-                self._sync = None  # in use by what hangs: left behind
+            job()
+        except BaseException as error:
+            self._errors.append(error)
+
+    def _wait_for(self, name: str) -> None:
+        """Until a fetch has ended. The first error of any, or of `check`, ends the others and is raised."""
+        try:
+            while self._fetches[name].is_alive() and not self._errors:
+                self._fetches[name].join(0.2)
+                self._tick()
+                self._check()
+            if self._errors:
+                raise next((error for error in self._errors if not isinstance(error, _GivenUpError)), self._errors[0])
+        except BaseException as error:
+            self._errors.append(error)  # so that the others give up
+            self._leave()
             raise
-        if errors:
-            raise next((error for error in errors if not isinstance(error, _GivenUpError)), errors[0])
+
+    def _leave(self) -> None:
+        """Wait a little for what is still being fetched; what hangs keeps the bucket, and is left behind."""
+        for thread in self._fetches.values():
+            thread.join(_GRACE_SECONDS)
+        if any(thread.is_alive() for thread in self._fetches.values()):
+            self._sync = None
 
     def _poll(self) -> None:
         self._check()
-        if self._failed:
+        if self._errors:
             raise _GivenUpError("given up, because something else could not be fetched")
 
     def _fetch_checkpoint(self) -> None:
@@ -314,6 +325,9 @@ class RunBucket:
 
         Then the lease is released. With `heed_stop` what `check` raises ends the waiting and is raised.
         """
+        if any(thread.is_alive() for thread in self._fetches.values()):
+            self._errors.append(_GivenUpError("given up, because the run ends"))
+            self._leave()
         if self._sync is None:
             return {}
         sync, self._sync = self._sync, None

@@ -21,14 +21,14 @@ from wmtp_worker.redact import redact
 from wmtp_worker.settings import Settings
 from wmtp_worker.storage.layout import RunPaths
 from wmtp_worker.storage.runlock import run_lock
-from wmtp_worker.tracking.console import logging_to_console, logging_to_file
+from wmtp_worker.tracking.console import LogFile, logging_to_console
 from wmtp_worker.tracking.heartbeat import Heartbeat
 from wmtp_worker.tracking.metrics import MetricsLog
 from wmtp_worker.tracking.report import draw
 from wmtp_worker.training.bucket import RunBucket
 from wmtp_worker.training.loop import train
 from wmtp_worker.training.session import Session
-from wmtp_worker.training.setup import set_up
+from wmtp_worker.training.setup import build_session, restore
 
 log = logging.getLogger(__name__)
 
@@ -86,13 +86,21 @@ def run(settings: Settings, stop: StopRequest, console: Console) -> Summary:
         swept = sweep(paths)
         before = read_heartbeat(paths.heartbeat)
         heartbeat = Heartbeat(paths.heartbeat, paths.run, watchdog.beat)
-        with RunBucket(settings, paths, stop.check, lambda: heartbeat.beat("bucket")) as bucket:
-            # before the log is opened: an earlier machine's may come from the bucket
-            bucket.fetch()
-            phases.done("fetch")
-            with logging_to_file(paths.training_log):
-                for name in swept:
-                    log.info("removed %s, left half written by a process that was killed", name)
+        with (
+            LogFile(paths.training_log) as file,
+            RunBucket(settings, paths, stop.check, lambda: heartbeat.beat("bucket")) as bucket,
+        ):
+            for name in swept:
+                log.info("removed %s, left half written by a process that was killed", name)
+            try:
+                bucket.fetch()
+                phases.done("fetch")
+                session = build_session(settings, paths, stop, heartbeat, bucket)
+                phases.done("setup")
+                bucket.wait_for_checkpoint()
+                phases.done("checkpoint")
+                # not before: an earlier machine's log, and its record, may have come from the bucket
+                file.open()
                 ledger = Ledger.begin(
                     paths.ledger,
                     paths.metrics,
@@ -102,29 +110,24 @@ def run(settings: Settings, stop: StopRequest, console: Console) -> Summary:
                     resume=settings.run.resume,
                     heartbeats=[before, bucket.last_heartbeat],
                 )
-                return _run(settings, paths, stop, console, heartbeat, bucket, ledger, started)
+                return _run(session, ledger, console, started)
+            except Exception as error:
+                # the console shows it too, by the command line; the file is what is left after the machine is gone
+                log.debug("ended by %s", error, exc_info=not isinstance(error, WorkerError))
+                raise
 
 
-def _run(
-    settings: Settings,
-    paths: RunPaths,
-    stop: StopRequest,
-    console: Console,
-    heartbeat: Heartbeat,
-    bucket: RunBucket,
-    ledger: Ledger,
-    started: float,
-) -> Summary:
-    session = None
+def _run(session: Session, ledger: Ledger, console: Console, started: float) -> Summary:
+    paths, heartbeat = session.paths, session.heartbeat
     try:
-        session = set_up(settings, paths, stop, heartbeat, bucket)
-        ledger.phases.done("setup")
+        restore(session)
+        ledger.phases.done("restore")
         first = session.progress.step
         with MetricsLog(paths.metrics, session.progress.metrics_size) as metrics:
             with session.open(metrics, ledger) as saving:
                 _train_or_save(session, ledger, console)
                 saving.finish()
-            stop.check()
+            session.check()
             heartbeat.beat("export", step=session.progress.step)
             if not paths.final.exists():
                 session.export(best=False)
@@ -136,9 +139,7 @@ def _run(
         return _summary(session, first, time.perf_counter() - started)
     except Exception as error:
         how: How = "notice" if isinstance(error, Interrupted) else "failed"
-        ledger.end(how, session.progress.step if session else 0, detail=redact(str(error)))
-        # the console shows it too, by the command line; the file is what is left after the machine is gone
-        log.debug("ended by %s", error, exc_info=not isinstance(error, WorkerError))
+        ledger.end(how, session.progress.step, detail=redact(str(error)))
         raise
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +20,7 @@ from wmtp_worker.checkpoint.snapshot import MODEL, OPTIMIZER, Snapshot, split_fr
 from wmtp_worker.data.packing import Batch, collate
 from wmtp_worker.data.sampler import PackedSampler, Position
 from wmtp_worker.data.tokenizer import Sample
-from wmtp_worker.errors import InputError, TrainingDiverged
+from wmtp_worker.errors import InputError, TrainingDiverged, WorkerError
 from wmtp_worker.host.stop import StopRequest
 from wmtp_worker.model.loading import load_tensors, tensors
 from wmtp_worker.model.mtp import MTPForCausalLM
@@ -96,7 +97,7 @@ class Dataset:
 
 @dataclass
 class Session:
-    """One run, assembled by `setup.set_up` and driven by `loop.train`."""
+    """One run, assembled by `setup.build_session` and driven by `loop.train`."""
 
     settings: Settings
     paths: RunPaths
@@ -194,7 +195,7 @@ class Session:
     def _inspect(self, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         """Behind the loop, before a checkpoint is written: weights must be finite, and the metrics on the disk."""
         if not all(tensor.isfinite().all() for tensor in tensors[MODEL].values()):
-            raise self.diverged("the weights are not finite")
+            raise self._diverged("the weights are not finite")
         self.metrics.sync()
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -244,6 +245,11 @@ class Session:
 
     def diverged(self, what: str) -> TrainingDiverged:
         """The error that ends the run, naming the checkpoint it stands on: all that was saved is finite."""
+        with suppress(WorkerError):  # this reason comes first
+            self.saving.finish()
+        return self._diverged(what)
+
+    def _diverged(self, what: str) -> TrainingDiverged:
         good = self.newest_checkpoint or "there is none"
         return TrainingDiverged(
             f"{what} after step {self.progress.step}; the last good checkpoint: {good}",

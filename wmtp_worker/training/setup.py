@@ -35,8 +35,10 @@ log = logging.getLogger(__name__)
 _BYTES_PER_PARAMETER = 12
 
 
-def set_up(settings: Settings, paths: RunPaths, stop: StopRequest, heartbeat: Heartbeat, bucket: RunBucket) -> Session:
-    """Load everything and restore the newest checkpoint. Polls `stop` between the parts."""
+def build_session(
+    settings: Settings, paths: RunPaths, stop: StopRequest, heartbeat: Heartbeat, bucket: RunBucket
+) -> Session:
+    """Load data and model. Polls `stop` between the parts."""
     threads = set_threads(settings.host.threads)
     device = resolve_device(settings.host.device)
     make_deterministic(device)
@@ -56,7 +58,7 @@ def set_up(settings: Settings, paths: RunPaths, stop: StopRequest, heartbeat: He
     check_fit(settings, model, tokenizer)
     base_model_digest = base_digest(base) if base else None
     model.to(device).train()  # type: ignore[arg-type]  # transformers hides nn.Module.to's signature
-    session = Session(
+    return Session(
         settings=settings,
         paths=paths,
         device=device,
@@ -77,11 +79,6 @@ def set_up(settings: Settings, paths: RunPaths, stop: StopRequest, heartbeat: He
         heartbeat=heartbeat,
         bucket=bucket,
     )
-    part("restore")
-    _restore(session)
-    _check_disk(session)
-    _log_facts(session)
-    return session
 
 
 def load_split(settings: Settings, folder: Path, split: Split, tokenizer: "PreTrainedTokenizerFast") -> Dataset:
@@ -134,8 +131,16 @@ def _optimizer(settings: Settings, model: MTPForCausalLM) -> torch.optim.AdamW:
     )
 
 
-def _restore(session: Session) -> None:
+def restore(session: Session) -> None:
     """Go on from the checkpoint that `run.resume` asks for; whatever that makes obsolete is set aside, not deleted."""
+    session.check()
+    session.heartbeat.beat("restore")
+    _go_on(session)
+    _check_disk(session)
+    _log_facts(session)
+
+
+def _go_on(session: Session) -> None:
     paths, resume = session.paths, session.settings.run.resume
     checkpoint = find(paths, resume)
     if checkpoint is not None:
