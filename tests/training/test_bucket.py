@@ -170,7 +170,8 @@ def test_going_back_sets_later_steps_aside_in_the_bucket_too(
 def test_a_checkpoint_on_its_way_stays_on_the_disk(s3, tiny_run, published, tmp_path):
     # each answer comes late, so saves come faster than uploads
     s3.latency_down = 0.2
-    tiny_run(tmp_path / "work", *s3.settings, "checkpoint.every=1", "checkpoint.keep_last=1", "evaluation.every=0")
+    limits = ("checkpoint.every=1", "checkpoint.keep_last=1", "evaluation.every=0", "cloud.close_seconds=90")
+    tiny_run(tmp_path / "work", *s3.settings, *limits)
     assert published() == [12]
     assert RunPaths(tmp_path / "work", RUN).steps()[-1] == 12
 
