@@ -115,10 +115,12 @@ def save(ranks, workdir, mesh, frozen):
         saver.save(snapshot)
         saver.gate()
         take_steps(model, optimizer, 1)
+        if world == 1:
+            saver.flush()  # several ranks wait instead of taking the newest
         for step in (3, 4, 5):
             saver.save(snapshot_of(step, model, names, optimizer))
             if world == 1:
-                saver.flush()  # several ranks wait instead of taking the newest
+                saver.flush()
         saver.flush()
         saver.save_now(snapshot_of(6, model, names, optimizer))
     assert told == ([2, 3, 4, 5, 6] if ranks.first else [])
