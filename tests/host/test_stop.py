@@ -60,13 +60,23 @@ def test_one_signal_asks_and_ends_with_75(worker, number):
 
 
 @pytest.mark.parametrize("first", SIGNALS)
-@pytest.mark.parametrize("second", SIGNALS)
+@pytest.mark.parametrize("second", [number for number in SIGNALS if number != signal.SIGHUP])
 def test_a_second_signal_ends_at_once(worker, first, second):
     process = worker("deaf")
     process.send_signal(first)
     assert process.stderr.readline().startswith(f"wmtp: {first.name}")
     process.send_signal(second)
     assert process.wait(timeout=10) == 128 + second
+
+
+def test_a_terminal_that_hangs_up_says_so_more_than_once(worker):
+    process = worker("deaf")
+    for _ in range(2):
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == 128 + signal.SIGTERM
 
 
 def test_the_first_signal_after_a_notice_does_not_cut_off_the_save(worker):

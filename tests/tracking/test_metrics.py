@@ -1,5 +1,6 @@
 """The record follows the checkpoint, and survives what a kill leaves behind."""
 
+import contextlib
 import json
 import logging
 import resource
@@ -114,3 +115,23 @@ def test_the_log_has_what_came_before_it_could_be_opened(opened, tmp_path):
             logging.getLogger("wmtp_worker.test").debug("late")
             assert "late" in path.read_text()
     assert path.read_text().count("early") == 1
+
+
+def test_a_terminal_that_hung_up_does_not_hide_why_a_run_ends():
+    import os
+    import pty
+
+    from rich.console import Console
+
+    from wmtp_worker.errors import Interrupted
+    from wmtp_worker.tracking.console import StepBar
+
+    leader, follower = pty.openpty()
+    terminal = os.fdopen(follower, "w")
+    bar = StepBar(Console(file=terminal, force_terminal=True), 10, 0)
+    with pytest.raises(Interrupted), bar:  # noqa: PT012
+        bar.update(1, "")
+        os.close(leader)
+        raise Interrupted("stopped by SIGHUP")
+    with contextlib.suppress(OSError):  # what it still holds goes nowhere
+        terminal.close()

@@ -117,6 +117,8 @@ class StopRequest:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         # after a notice, the SIGTERM of the machine's shutdown is the first signal, and must not cut off the save
         if self._signalled:
+            if number == signal.SIGHUP:  # a terminal that hangs up may say so twice: nobody insists
+                return
             os._exit(128 + number)
         self._signalled = True
         name = signal.Signals(number).name

@@ -129,4 +129,5 @@ class StepBar:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        with suppress(OSError):  # a terminal that hung up must not hide why the run ends
+            self._progress.stop()
