@@ -1,5 +1,6 @@
 """The resume table, publishing and pruning, on every kind of bucket."""
 
+import hashlib
 import json
 import shutil
 from contextlib import contextmanager
@@ -9,8 +10,8 @@ import pytest
 
 from wmtp_worker.errors import BucketNotFound, IntegrityError, ObjectNotFound, TransientError
 from wmtp_worker.storage import CloudSync
-from wmtp_worker.storage.layout import RunPaths
-from wmtp_worker.storage.seal import seal_folder
+from wmtp_worker.storage.layout import MANIFEST, RunPaths
+from wmtp_worker.storage.seal import seal_folder, verify_folder
 
 RUN = "tiny"
 
@@ -403,3 +404,26 @@ def test_beginnings_that_nobody_goes_on_with_are_removed(machine):
     (beginning / "model.safetensors").write_text("a part")
     assert here.run(RUN).fetch_checkpoint("auto") == 40
     assert not beginning.exists()
+
+
+def test_shared_tensors_that_are_damaged_here_come_from_the_bucket(machine):
+    first, second = machine("first"), machine("second")
+    frozen = b"what no optimizer changes"
+    digest = hashlib.sha256(frozen).hexdigest()
+    checkpoint(first, 1)
+    paths = RunPaths(first.workdir, RUN)
+    paths.shared.mkdir()
+    paths.blob(digest).write_bytes(frozen)
+    manifest = paths.step(1) / MANIFEST
+    shared = {"frozen.safetensors": {"size": len(frozen), "sha256": digest}}
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "shared": shared}))
+    with holding(first) as side:
+        assert side.publish(1)
+
+    here = RunPaths(second.workdir, RUN)
+    here.shared.mkdir(parents=True)
+    here.blob(digest).write_bytes(frozen[::-1])
+    assert second.run(RUN).fetch_checkpoint("auto") == 1
+    assert here.blob(digest).read_bytes() == frozen
+    verify_folder(here.step(1))
+    assert [path.read_bytes() for path in here.checkpoints.glob("set-aside-*/*")] == [frozen[::-1]]

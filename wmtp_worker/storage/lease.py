@@ -234,11 +234,6 @@ class Lease:
             others = tuple(entry for entry in self._file.epochs if entry[0] != self.epoch)
             self._write(epochs=(*others, (self.epoch, step)))
 
-    @property
-    def has_begun(self) -> bool:
-        """Whether the bucket knows from which step this epoch goes on."""
-        return any(epoch == self.epoch for epoch, _ in self._file.epochs)
-
     def _write(self, **changes: Any) -> None:
         with self._lock:
             renewals = self._file.renewals

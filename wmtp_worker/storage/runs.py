@@ -26,7 +26,7 @@ from wmtp_worker.storage.lease import Lease
 from wmtp_worker.storage.publish import Publisher
 from wmtp_worker.storage.published import Catalogue, Published, beside_key, for_the_disk
 from wmtp_worker.storage.retention import Retention
-from wmtp_worker.storage.seal import Seal, verify_folder
+from wmtp_worker.storage.seal import Seal, file_entry, verify_folder
 from wmtp_worker.storage.sealed import check_room, fetch_files, fetch_folder, is_same
 from wmtp_worker.storage.transfer import Report, Transfer
 
@@ -131,9 +131,12 @@ class RunSync:
         return True
 
     def _fetch_shared(self, seal: Seal) -> None:
-        """Download the frozen tensors that are not here yet."""
+        """Download the frozen tensors that are not here yet, or are damaged here: those are set aside."""
         entries = {self.paths.blob(entry.sha256): entry for entry in seal.shared.values()}
-        missing = {path: entry for path, entry in entries.items() if not path.exists()}
+        missing = {path: entry for path, entry in entries.items() if not path.exists() or file_entry(path) != entry}
+        if damaged := [path for path in missing if path.exists()]:
+            log.warning("taking the bucket's: %s do not verify", ", ".join(map(str, damaged)))
+            set_aside(self.paths.checkpoints, damaged)
         if not missing:
             return
         with disk_errors(self.paths.shared):
