@@ -24,8 +24,9 @@ log = logging.getLogger(__name__)
 def train(session: Session, console: Console) -> None:
     """Train until `session.finished`.
 
-    Every decision follows from `session.progress` alone, so a restored session goes on exactly where it was: before
-    a validation, before a save, or before a step. Raises `Interrupted` when a stop was asked for, with the session
+    Whatever decides about the numbers follows from `session.progress` alone, so a restored session goes on exactly
+    where it was: before a validation, before a save, or before a step. When it is saved may follow from the clock, and
+    from notices: that changes no number. Raises `Interrupted` when a stop was asked for, with the session
     standing after its last whole step, and `TrainingDiverged` before a bad step is taken.
     """
     progress, settings = session.progress, session.settings

@@ -194,8 +194,8 @@ class Session:
 
     def _inspect(self, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         """Behind the loop, before a checkpoint is written: weights must be finite, and the metrics on the disk."""
-        if not all(tensor.isfinite().all() for tensor in tensors[MODEL].values()):
-            raise self._diverged("the weights are not finite")
+        if not all(_is_finite(tensor) for tensor in tensors[MODEL].values()):
+            raise self._diverged("the weights are not finite", self.progress.step)
         self.metrics.sync()
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -247,12 +247,12 @@ class Session:
         """The error that ends the run, naming the checkpoint it stands on: all that was saved is finite."""
         with suppress(WorkerError):  # this reason comes first
             self.saving.finish()
-        return self._diverged(what)
+        return self._diverged(what, self.progress.step)
 
-    def _diverged(self, what: str) -> TrainingDiverged:
+    def _diverged(self, what: str, step: int) -> TrainingDiverged:
         good = self.newest_checkpoint or "there is none"
         return TrainingDiverged(
-            f"{what} after step {self.progress.step}; the last good checkpoint: {good}",
+            f"{what} after step {step}; the last good checkpoint: {good}",
             where=f"run {self.paths.run}",
             fix="lower training.lr, lengthen training.warmup_steps or set training.grad_clip, under another --run-name",
         )
@@ -267,6 +267,11 @@ class Session:
             "config": self.model.config.to_dict(),
         }
         save_weights(self.paths.best if best else self.paths.final, tensors(self.model), facts)
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all of its numbers are, without a copy of it."""
+    return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 def seed_step(seed: int, step: int) -> None:
