@@ -6,7 +6,7 @@ in `sealed`.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +17,8 @@ from wmtp_worker.errors import InputError, IntegrityError, ObjectNotFound
 from wmtp_worker.storage.atomic import write_text
 from wmtp_worker.storage.layout import MANIFEST, SHARED, blob_name
 from wmtp_worker.storage.transfer.paths import check_key, safe_path
+
+_BLOCK = 1 << 20
 
 
 class FileEntry(BaseModel):
@@ -48,11 +50,17 @@ class Seal(BaseModel):
         return (self.files, self.shared, self.kind) == (other.files, other.shared, other.kind)
 
 
-def file_entry(path: Path) -> FileEntry:
-    """Size and SHA-256 of one file."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return FileEntry(size=path.stat().st_size, sha256=digest)
+def file_entry(path: Path, heed: Callable[[int], object] = lambda size: None) -> FileEntry:
+    """Size and SHA-256 of one file. `heed` is called with the size of each block; what it raises ends the reading."""
+    digest = hashlib.sha256()
+    size = 0
+    block = memoryview(bytearray(_BLOCK))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            heed(count)
+            digest.update(block[:count])
+            size += count
+    return FileEntry(size=size, sha256=digest.hexdigest())
 
 
 def seal_folder(folder: Path) -> Seal:
@@ -108,21 +116,25 @@ def check_files(folder: Path, files: Mapping[str, FileEntry]) -> None:
     check_each([(folder, name, entry) for name, entry in files.items()])
 
 
-def check_each(files: Sequence[tuple[Path, str, FileEntry]]) -> None:
-    """As `check_files`, for files (folder, name, what it should be) of several folders; two are read at once."""
+def check_each(
+    files: Sequence[tuple[Path, str, FileEntry]], entry_of: Callable[[Path], FileEntry] = file_entry
+) -> None:
+    """As `check_files`, for files (folder, name, what it should be) of several folders; two are read at once.
+
+    `entry_of` reads a file, in one of several threads; what it raises, unless that is an `OSError`, is raised.
+    """
     for folder, name, entry in files:  # a missing one is found out before gigabytes are read
         with _reading(folder, name):
             found = safe_path(folder, name).stat().st_size
         if found != entry.size:
             raise IntegrityError(f"{name} has {found} bytes instead of {entry.size}", where=str(folder))
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(_check_digest, files))
+        list(pool.map(lambda file: _check_digest(*file, entry_of), files))
 
 
-def _check_digest(file: tuple[Path, str, FileEntry]) -> None:
-    folder, name, entry = file
+def _check_digest(folder: Path, name: str, entry: FileEntry, entry_of: Callable[[Path], FileEntry]) -> None:
     with _reading(folder, name):
-        same = file_entry(folder / name).sha256 == entry.sha256
+        same = entry_of(folder / name).sha256 == entry.sha256
     if not same:
         raise IntegrityError(f"{name} was changed: its SHA-256 differs", where=str(folder))
 
