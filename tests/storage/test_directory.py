@@ -1,5 +1,6 @@
 """What only a folder can get wrong: links, hidden files, rights, other people's files."""
 
+import fcntl
 import hashlib
 import multiprocessing
 import os
@@ -7,14 +8,23 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
-from wmtp_worker.errors import AccessDenied, BucketNotFound, InputError, ObjectNotFound, SettingsError
+from wmtp_worker.errors import (
+    AccessDenied,
+    BucketNotFound,
+    InputError,
+    ObjectNotFound,
+    SettingsError,
+    TransientError,
+)
 from wmtp_worker.settings import load
-from wmtp_worker.storage.directory import STAGING, open_store
+from wmtp_worker.storage.directory import LOCK, STAGING, open_store
 
 PART = 1 << 16
 
@@ -196,7 +206,7 @@ class Test_files:
     def test_a_digest_is_not_computed_twice(self, bucket, store, monkeypatch):
         info = store.put("key", b"x" * PART)
         monkeypatch.setattr(hashlib, "file_digest", None)
-        assert store.head("key") == info
+        assert replace(store.head("key"), modified=None) == info
         monkeypatch.undo()
         (bucket / "key").write_bytes(b"y" * PART)
         assert store.head("key").sha256 == hashlib.sha256(b"y" * PART).hexdigest()
@@ -276,3 +286,29 @@ class Test_uploads:
         assert left.exists()
         assert store.sweep("", timedelta(0)) == 0
         assert not left.exists()
+
+
+class Test_several_machines:
+    def test_a_writer_that_is_stopped_with_the_lock_is_not_waited_for_for_ever(self, bucket, store, monkeypatch):
+        monkeypatch.setattr("wmtp_worker.storage.directory._LOCK_SECONDS", 0.1)
+        version = store.put("key", b"1").version
+        with (bucket / LOCK).open() as stopped:
+            fcntl.flock(stopped, fcntl.LOCK_SH)
+            store.put("other", b"1")
+            with pytest.raises(TransientError, match="stays locked"):
+                store.put("key", b"2", if_version=version)
+            fcntl.flock(stopped, fcntl.LOCK_EX)
+            with pytest.raises(TransientError, match="stays locked"):
+                store.put("other", b"2")
+        store.put("key", b"2", if_version=version)
+
+    def test_times_are_the_disks_not_the_writers(self, store, monkeypatch):
+        now = time.time()
+        monkeypatch.setattr("wmtp_worker.storage.directory.time.time_ns", lambda: int((now - 3600) * 1e9))
+        first = store.put("key", b"1")
+        monkeypatch.undo()
+        second = store.put("key", b"2")
+        assert first.version != second.version
+        store.put("late", b"1")
+        for info in (store.head("key"), next(iter(store.list("late")))):
+            assert abs(info.modified.timestamp() - now) < 60

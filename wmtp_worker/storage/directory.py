@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 STAGING = TEMPORARY_PREFIX + "store"
 LOCK = TEMPORARY_PREFIX + "lock"
 _DIGESTS_KEPT = 4096
+# for the lock file: it is held for less than a millisecond, but whoever holds it may be stopped
+_LOCK_SECONDS = 10.0
+_LOCK_PAUSE = 0.005
 
 
 def open_store(cloud: CloudSettings) -> DirectoryStore:
@@ -276,7 +279,7 @@ class DirectoryStore:
             # inodes are used again at once and clocks are coarse: our own time makes each version another
             now = time.time_ns()
             os.utime(staged, ns=(now, now))
-            info = info_of(key, os.stat(staged))
+            info = replace(info_of(key, os.stat(staged)), modified=None)  # it gets its time with its name
             self._rename(operation, staged, path, key, exclusive=if_absent)
         # whoever deletes it at once may take its folder too
         with suppress(FileNotFoundError):
@@ -307,10 +310,22 @@ class DirectoryStore:
     def _lock(self, *, alone: bool) -> Iterator[None]:
         descriptor = os.open(self._staging().with_name(LOCK), os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+            self._take(descriptor, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
             yield
         finally:
             os.close(descriptor)
+
+    def _take(self, descriptor: int, kind: int) -> None:
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    fix = "see whether a process that writes there is stopped, and end it"
+                    raise TransientError(f"{LOCK} stays locked", where=str(self._bucket), fix=fix) from None
+            time.sleep(_LOCK_PAUSE)
 
     def _version(self, path: Path) -> str | None:
         try:

@@ -74,6 +74,10 @@ def is_hidden(name: str) -> bool:
 
 
 def info_of(key: str, status: os.stat_result) -> ObjectInfo:
-    """What is known of a file without reading it."""
+    """What is known of a file without reading it.
+
+    `modified` is when it got its name, by the clock of whoever keeps the disk (ctime), which all machines share; the
+    version has the writer's own time.
+    """
     version = f"{status.st_mtime_ns:x}-{status.st_size:x}-{status.st_ino:x}"
-    return ObjectInfo(key, status.st_size, version, modified=datetime.fromtimestamp(status.st_mtime, UTC))
+    return ObjectInfo(key, status.st_size, version, modified=datetime.fromtimestamp(status.st_ctime, UTC))
