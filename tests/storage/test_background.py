@@ -17,6 +17,10 @@ def queue():
     assert "uploads" not in {thread.name for thread in threading.enumerate()}
 
 
+def fail():
+    raise ExhaustedError("the bucket is away")
+
+
 def wait_for(condition, seconds=5.0):
     deadline = time.monotonic() + seconds
     while not condition():
@@ -42,6 +46,25 @@ def test_the_newest_of_a_slot_replaces_the_one_that_waits(queue):
     gate.set()
     assert queue.close(5) == {}
     assert seen == [1, 4]
+
+
+def test_what_is_not_uploaded_any_more_is_named(caplog):
+    queue = Background(retry_seconds=60)
+    with caplog.at_level("INFO", "wmtp_worker"):
+        queue.submit("checkpoint", "step_1", fail)
+        wait_for(lambda: queue.pending == {"step_1": "the bucket is away"})
+        queue.submit("checkpoint", "step_2", lambda: None)
+        assert queue.close(5) == {}
+    assert "step_1 is not uploaded any more: step_2 takes its place" in caplog.text
+
+
+def test_it_says_what_it_waits_for(queue, caplog):
+    gate = threading.Event()
+    queue.submit("pruning", "pruning of the bucket", lambda: gate.wait(5), optional=True)
+    threading.Timer(0.1, gate.set).start()
+    with caplog.at_level("INFO", "wmtp_worker"):
+        queue.close(5)
+    assert "waiting up to 5 s for pruning of the bucket" in caplog.text
 
 
 def test_what_fails_is_tried_again_by_itself(queue):

@@ -51,10 +51,11 @@ class Background:
     def submit(self, slot: str, name: str, work: Callable[[], None], *, optional: bool = False) -> None:
         """Queue a job and return at once. An optional one is tried once, and is never missed."""
         with self._changed:
-            if (before := self._waiting.get(slot)) is not None and before.name != name:
-                log.info("%s is not uploaded: %s came first", before.name, name)
+            failed = self._failed.pop(slot, None)
+            before = self._waiting.get(slot) or (failed and failed[0])
+            if before is not None and before.name != name:
+                log.info("%s is not uploaded any more: %s takes its place", before.name, name)
             self._waiting[slot] = _Job(slot, name, work, optional)
-            self._failed.pop(slot, None)
             self._changed.notify_all()
 
     @property
@@ -85,7 +86,7 @@ class Background:
                 self._waiting.setdefault(slot, job)
             self._failed.clear()
             jobs = (self._active, *self._waiting.values())
-            left = [job.name for job in jobs if job is not None and not job.optional]
+            left = [job.name for job in jobs if job is not None]
             self._changed.notify_all()
         if left:
             log.info("waiting up to %.0f s for %s", seconds, ", ".join(left))
