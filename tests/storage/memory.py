@@ -11,13 +11,17 @@ from wmtp_worker.storage.objects import ObjectInfo, PartUpload
 
 
 class MemoryStore:
-    """`ObjectStore`; each call is atomic. `now` tells the server's time in seconds."""
+    """`ObjectStore`; each call is atomic. `now` tells the server's time in seconds.
+
+    Without `conditional_delete` it is one of those that delete whatever version an object has.
+    """
 
     url = "memory://bucket"
 
-    def __init__(self, now: Callable[[], float] = lambda: 0.0) -> None:
+    def __init__(self, now: Callable[[], float] = lambda: 0.0, conditional_delete: bool = True) -> None:
         self.objects: dict[str, tuple[ObjectInfo, bytes]] = {}
         self.changes = 0
+        self.conditional_delete = conditional_delete
         self._now = now
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
@@ -54,7 +58,7 @@ class MemoryStore:
     def delete(self, key: str, *, if_version: str | None = None) -> None:
         with self._lock:
             there = self.objects.get(key)
-            if there is not None and if_version not in (None, there[0].version):
+            if self.conditional_delete and there is not None and if_version not in (None, there[0].version):
                 raise PreconditionFailed("changed", where=key)
             self.objects.pop(key, None)
             self.changes += 1

@@ -2,7 +2,9 @@
 
 Each worker runs in a thread that waits before every call to the bucket, until the test says how that call shall end:
 well, with an answer that is lost, not at all, or with the death of the worker before it, after it, or while it is still
-on its way. Between a worker's last look at its lease and the write that follows, anything may happen.
+on its way. Between a worker's last look at its lease and the write that follows, anything may happen. On a server that
+ignores the condition of a DELETE, one thing may not: that a worker is paused between its look at an object's version
+and the deletion that follows at once.
 """
 
 import hashlib
@@ -41,9 +43,9 @@ class Killed(BaseException):
 class World:
     """The bucket, the time, and what is known to have happened."""
 
-    def __init__(self) -> None:
+    def __init__(self, conditional_delete: bool = True) -> None:
         self.now = 1000.0
-        self.bucket = MemoryStore(lambda: self.now)
+        self.bucket = MemoryStore(lambda: self.now, conditional_delete)
         self.keys = RunPaths(Path(), "tiny").keys
         self.in_flight: list[Callable[[], Any]] = []  # calls of dead workers that the network still carries
         self.began: dict[int, int] = {}  # epoch to the step it went on from
@@ -108,12 +110,18 @@ class Gate:
     def __init__(self, worker: "Worker", bucket: MemoryStore) -> None:
         self._worker = worker
         self._bucket = bucket
+        self._looked_at = ""
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._bucket, name)
 
         def call(*arguments: Any, **options: Any) -> Any:
-            return self._worker.call(lambda: method(*arguments, **options), f"{name} {arguments[0]}")
+            key, looked_at, self._looked_at = arguments[0], self._looked_at, ""
+            if name == "delete" and not self._bucket.conditional_delete and looked_at == key:
+                return method(*arguments, **options)
+            result = self._worker.call(lambda: method(*arguments, **options), f"{name} {key}")
+            self._looked_at = key if name == "head" else ""
+            return result
 
         def listing(*arguments: Any, **options: Any) -> Any:
             yield from self._worker.call(lambda: list(method(*arguments, **options)), f"{name} {arguments[0]}")
@@ -138,6 +146,9 @@ class Direct:
         path.write_bytes(data)
         return info
 
+    def begun(self, sha256: str) -> list[str]:
+        return []
+
     def pull(self, prefix: str, folder: Path) -> Report:
         return Report()
 
@@ -155,6 +166,7 @@ class Worker:
         self.paths = RunPaths(workdir, "tiny")
         self.result = ""
         self.epoch = 0
+        self._published_by: int | None = None  # the epoch that published where it goes on, if that came from the bucket
         self.next = ""  # the call that it waits to make
         self._dead = False
         self._order = ""
@@ -231,7 +243,7 @@ class Worker:
             self.result = "killed"
         except RunHeldError:
             self.result = "held"
-        except ExhaustedError:
+        except (ExhaustedError, TransientError):
             self.result = "away"
         except BaseException as error:
             self.world.problems.append(f"{self.name}: {error!r}")
@@ -251,11 +263,11 @@ class Worker:
         )
         self.epoch = lease.epoch
         self.world.newest_epoch = max(self.world.newest_epoch, lease.epoch)
+        self._tell_the_world(lease)
         side = RunSync(Direct(store), self.paths, lease)  # type: ignore[arg-type]
-        step, published_by = self._restore(side)
-        lease.began(step)
-        # only now was it the holder's choice
-        self.world.chosen(self.epoch, step, published_by)
+        step = self._restore(side, lease)
+        if step:
+            self._publish(side, step)
         side.sweep()
         while step < self.goal:
             step += 1
@@ -264,8 +276,19 @@ class Worker:
             side.prune(KEEP_LAST, step)
         lease.release()
 
-    def _restore(self, side: RunSync) -> tuple[int, int | None]:
-        """Where it goes on, and the epoch that published that, if it came from the bucket."""
+    def _tell_the_world(self, lease: Lease) -> None:
+        """Of this worker's choice, as soon as it is the holder's: when the lease tells of it."""
+        write = lease.began
+
+        def began(step: int) -> None:
+            write(step)
+            if self.epoch not in self.world.began:
+                self.world.chosen(self.epoch, step, self._published_by)
+
+        lease.began = began  # type: ignore[method-assign]
+
+    def _restore(self, side: RunSync, lease: Lease) -> int:
+        """Go on from the newest checkpoint, or (`back`) from the oldest in the bucket; which step that is."""
         if self.back and (steps := side.published_steps()):
             side.fetch_checkpoint(steps[0])
             # as the training does with what is here, and with what it was told is safe
@@ -274,11 +297,13 @@ class Worker:
                     shutil.rmtree(self.paths.step(later))
             self.world.safe = {step: epoch for step, epoch in self.world.safe.items() if step <= steps[0]}
             side.set_aside_after(steps[0])
-            return steps[0], None
+            return steps[0]
         fetched = side.fetch_checkpoint("auto")
         step = max(self.paths.steps(), default=0)
-        seal = parse_seal((self.paths.step(step) / "manifest.json").read_bytes(), "") if step else None
-        return step, seal.lease_epoch if seal is not None and fetched == step else None
+        if step and fetched == step:
+            self._published_by = parse_seal((self.paths.step(step) / "manifest.json").read_bytes(), "").lease_epoch
+        lease.began(step)
+        return step
 
     def _publish(self, side: RunSync, step: int) -> None:
         for _ in range(3):

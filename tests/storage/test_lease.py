@@ -12,7 +12,14 @@ from pathlib import Path
 import pytest
 
 from tests.storage.memory import MemoryStore
-from wmtp_worker.errors import CheckpointError, ExhaustedError, RunHeldError, SettingsError, TransientError
+from wmtp_worker.errors import (
+    CheckpointError,
+    ExhaustedError,
+    PreconditionFailed,
+    RunHeldError,
+    SettingsError,
+    TransientError,
+)
 from wmtp_worker.storage.layout import RunPaths
 from wmtp_worker.storage.lease import Lease
 from wmtp_worker.storage.lease_file import LeaseFile, counts, read_lease, workdir_id
@@ -114,6 +121,14 @@ def test_a_lease_of_the_same_work_directory_is_free_at_once(acquire, time_):
         first.ensure(fresh=True)
 
 
+def test_one_of_the_same_work_directory_on_another_host_is_watched(acquire, time_, monkeypatch):
+    acquire(workdir_id="w")
+    monkeypatch.setattr("wmtp_worker.storage.lease_file.socket.gethostname", lambda: "a-clone")
+    before = time_.now
+    assert acquire(workdir_id="w").epoch == 2
+    assert time_.now - before >= 30
+
+
 def test_one_that_ran_out_by_the_servers_clock_is_free_at_once(acquire, bucket, time_):
     acquire()
     time_.now += 33
@@ -129,6 +144,35 @@ def test_one_that_is_not_renewed_is_watched_until_it_runs_out(acquire, bucket, t
     before = time_.now
     assert acquire().epoch == 2
     assert 30 <= time_.now - before < 34
+
+
+def test_a_slow_answer_about_the_time_makes_no_lease_shorter(acquire, bucket, time_, monkeypatch):
+    acquire()
+    before, put = time_.now, bucket.put
+
+    def slow(key, *arguments, **options):
+        if key.startswith(KEYS.probes):
+            time_.now += 20
+        return put(key, *arguments, **options)
+
+    monkeypatch.setattr(bucket, "put", slow)
+    assert acquire().epoch == 2
+    assert time_.now - before >= 32
+
+
+def test_a_server_that_refuses_every_write_is_not_asked_for_ever(acquire, bucket, time_, monkeypatch):
+    acquire().release()
+    before, calls = time_.now, []
+
+    def refuse(*arguments, **options):
+        calls.append(arguments)
+        raise PreconditionFailed("another ETag")
+
+    monkeypatch.setattr(bucket, "put", refuse)
+    with pytest.raises(TransientError, match="refuses to change the lease"):
+        acquire()
+    assert len(calls) == 5
+    assert time_.now - before >= 6
 
 
 def test_who_was_stopped_longer_than_the_lease_knows_before_it_publishes(acquire, time_):
@@ -216,6 +260,21 @@ def test_a_lease_of_a_newer_format_is_left_alone(acquire, bucket):
         acquire()
 
 
+def test_one_who_is_taken_over_by_a_newer_format_has_lost(acquire, bucket):
+    lease = acquire()
+    bucket.put(KEYS.lease, json.dumps({"format_version": 2}).encode())
+    with pytest.raises(RunHeldError, match="taken over by another worker"):
+        lease.ensure(fresh=True)
+    assert lease.lost
+
+
+def test_a_server_that_ignores_versions_in_deletions_is_named_and_used(acquire, bucket, caplog):
+    bucket.conditional_delete = False
+    assert acquire().epoch == 1
+    assert "ignores versions in deletions" in caplog.text
+    assert [info.key for info in bucket.list()] == [KEYS.lease]
+
+
 def test_a_server_without_conditions_is_refused_with_the_way_out(acquire, bucket, monkeypatch):
     put = bucket.put
     monkeypatch.setattr(bucket, "put", lambda key, data, **conditions: put(key, data))
@@ -241,11 +300,56 @@ def test_the_thread_renews_and_tells(bucket):
         time.sleep(0.01)
     lease.release()
     assert lease.close()
-    assert not [thread for thread in threading.enumerate() if thread.name == "lease"]
+    assert not [thread for thread in threading.enumerate() if thread.name in ("lease", "heartbeat")]
     assert file_of(bucket).released
     told = json.loads(bucket.get(KEYS.heartbeat)[1])
     assert (told["step"], told["loss"], told["epoch"]) == (7, 0.5, 1)
     assert abs(told["time"] - datetime.now(UTC).timestamp()) < 60
+
+
+def test_the_next_renewal_is_soon_where_the_last_one_is_long_ago(acquire, time_):
+    lease = acquire()
+    assert lease._until_renewal == 10
+    time_.now += 9
+    assert lease._until_renewal == 2.5
+    time_.now += 100  # an outage: not a third of a lease later
+    assert lease._until_renewal == 2.5
+
+
+@pytest.mark.parametrize("trouble", ["it hangs", "a bug"])
+def test_trouble_with_the_heartbeat_delays_no_renewal(bucket, monkeypatch, trouble):
+    bucket._now = time.time
+    put, began, over = bucket.put, threading.Event(), threading.Event()
+
+    def hanging(key, *arguments, **options):
+        if key == KEYS.heartbeat and not over.is_set():
+            began.set()
+            if trouble == "a bug":
+                raise KeyError("step")
+            over.wait(20)
+        return put(key, *arguments, **options)
+
+    monkeypatch.setattr(bucket, "put", hanging)
+    lease = Lease.acquire(bucket, KEYS, seconds=0.15)
+    lease.start(lambda: {"step": 7})
+    deadline = time.monotonic() + 10
+    while file_of(bucket).renewals < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert began.is_set()
+    assert file_of(bucket).renewals >= 3
+    over.set()
+    lease.release()
+    assert lease.close()
+    assert json.loads(bucket.get(KEYS.heartbeat)[1])["step"] == 7
+
+
+def test_the_heartbeat_tells_the_end(acquire, bucket):
+    lease = acquire()
+    lease.start(lambda: {"phase": "train", "lag": 0})
+    lease.release()
+    assert lease.close()
+    told = json.loads(bucket.get(KEYS.heartbeat)[1])
+    assert (told["phase"], told["lag"]) == ("ended", 0)
 
 
 def test_a_copy_of_a_work_directory_is_another(tmp_path):

@@ -29,6 +29,7 @@ CALLS = st.integers(1, 12)
 RATES = (0.0, 0.8, 1.0, 1.25)
 POINTS = (
     "put .*/step_.*/manifest.json",
+    "head .*/step_.*/manifest.json",
     "delete .*/step_.*/manifest.json",
     "put .*/lease.json",
     "(put|copy) .*/(step_[0-9]+|shared)/(?!manifest)",
@@ -40,9 +41,9 @@ POINTS = (
 class Protocol(RuleBasedStateMachine):
     """Two places where a worker may run; what happens there, in any order."""
 
-    @initialize(rates=st.tuples(*[st.sampled_from(RATES)] * 2))
-    def begin(self, rates):
-        self.world = World()
+    @initialize(rates=st.tuples(*[st.sampled_from(RATES)] * 2), conditional_delete=st.booleans())
+    def begin(self, rates, conditional_delete):
+        self.world = World(conditional_delete)
         self.rates = rates
         self.workdirs = [new_workdir(), new_workdir()]
         self.workers = [None, None]
@@ -112,17 +113,22 @@ class Protocol(RuleBasedStateMachine):
         times=st.integers(1, 2),
         wipe=st.booleans(),
         back=st.integers(0, 3),
+        others_back=st.integers(0, 3),
         others_calls=st.one_of(st.integers(0, 12), st.integers(0, 80)),
         other_dies=st.booleans(),
         calls=st.integers(1, 3),
     )
-    def stall(self, number, point, times, wipe, back, others_calls, other_dies, calls):
+    def stall(self, number, point, times, wipe, back, others_back, others_calls, other_dies, calls):
         """One is paused right before such a call, another takes over and perhaps dies, the first one wakes up."""
-        if not self.alive(number) or self.workers[number].epoch < self.world.newest_epoch:
+        if back == 0:
+            self.world.now += 10
+            self.crash(number, "die before")
+            self.start(number, wipe, 0, 1)
+        elif not self.alive(number) or self.workers[number].epoch < self.world.newest_epoch:
             self.take_over(number, wipe, 9)
         self.go_to(number, point, times)
         other = 1 - number
-        self.take_over(other, wipe, back)
+        self.take_over(other, wipe, others_back)
         self.go(other, others_calls)
         if other_dies:
             self.crash(other, "die before")
@@ -189,7 +195,8 @@ class Protocol(RuleBasedStateMachine):
         """A worker with nobody else about goes on from what is there, and leaves no garbage."""
         workdir = new_workdir()
         self.workdirs.append(workdir)
-        goal = max(self.world.safe, default=0) + KEEP_LAST + 2
+        # what a run went back behind, and did not come to move, is replaced
+        goal = max([*self.world.safe, *self.world.view().manifests], default=0) + KEEP_LAST + 2
         worker = Worker(self.world, workdir, "last life", 1.0, False, goal)
         for _ in range(3000):
             if not worker.alive:
@@ -200,13 +207,13 @@ class Protocol(RuleBasedStateMachine):
         view = self.world.view()
         assert sorted(view.manifests) == [goal - 1, goal]
         assert set(view.places) == view.named()
+        assert not list(self.world.bucket.list(view.keys.probes))
 
 
 @pytest.fixture
 def calls_one_by_one(monkeypatch):
     """One call of a worker at a time, and no waiting for disks."""
     monkeypatch.setattr("wmtp_worker.storage.sealed._FILES_AT_ONCE", 1)
-    monkeypatch.setattr("wmtp_worker.storage.published._READ_AT_ONCE", 1)
     for module in ("atomic", "sealed"):
         monkeypatch.setattr(f"wmtp_worker.storage.{module}.fsync_path", lambda path: None)
     monkeypatch.setattr("wmtp_worker.storage.lease.log.disabled", True)
@@ -219,9 +226,9 @@ def until(worker, point):
         worker.step()
 
 
-@pytest.fixture
-def world():
-    return World()
+@pytest.fixture(params=[True, False], ids=["conditional delete", "delete ignores versions"])
+def world(request):
+    return World(request.param)
 
 
 @pytest.fixture
@@ -245,7 +252,7 @@ def test_a_paused_worker_does_not_write_over_a_newer_ones_manifest(world, life):
     world.now += 10
     second = life("second")
     until(second, "put .*/step_3/")
-    assert world.safe == {1: 1, 2: 2}
+    assert world.safe == {1: 2, 2: 2}
     until(first, "nothing")
     assert first.result == "held"
     world.check()
@@ -254,7 +261,8 @@ def test_a_paused_worker_does_not_write_over_a_newer_ones_manifest(world, life):
 
 def test_a_paused_worker_does_not_delete_what_a_run_went_back_to(world, life):
     first = life("first")
-    until(first, "delete .*/step_1/manifest.json")
+    last_chance = "delete" if world.bucket.conditional_delete else "head"
+    until(first, f"{last_chance} .*/step_1/manifest.json")
     world.now += 10
     second = life("second", back=True)
     until(second, "put .*/step_2/")
@@ -262,6 +270,35 @@ def test_a_paused_worker_does_not_delete_what_a_run_went_back_to(world, life):
     until(first, "nothing")
     world.check()
     assert [(step, one.epoch) for step, one in world.view().manifests.items()] == [(1, 2)]
+
+
+def test_a_paused_worker_does_not_delete_where_one_that_died_went_back_to(world, life):
+    first = life("first")
+    until(first, "head .*/step_1/manifest.json")
+    world.now += 10
+    second = life("second", back=True)
+    while 2 not in world.began:
+        second.step()
+    second.kill()
+    until(first, "nothing")
+    assert first.result == "held"
+    world.check()
+    assert max(step for step in world.view().steps) == 1
+
+
+def test_a_paused_worker_that_went_back_does_not_delete_what_another_goes_on_from(world, life):
+    until(life("before"), "nothing")
+    first = life("first", back=True)
+    until(first, "head .*/step_4/manifest.json")
+    assert sorted(world.view().manifests) == [3, 4]
+    world.now += 10
+    second = life("second")
+    until(second, "nothing")
+    assert world.began == {1: 0, 2: 3, 3: 3}
+    until(first, "nothing")
+    assert first.result == "held"
+    world.check()
+    assert [(step, one.epoch) for step, one in world.view().manifests.items()] == [(3, 3), (4, 3)]
 
 
 def test_what_a_paused_worker_writes_late_is_not_gone_on_from(world, life):

@@ -5,23 +5,23 @@ import uuid
 from wmtp_worker.errors import PreconditionFailed, SettingsError, StorageError
 from wmtp_worker.storage.objects import ObjectStore
 
-_PROBE = "conditional-put-"
 
+def check_conditional_put(store: ObjectStore, prefix: str) -> bool:
+    """Try the conditions of `ObjectStore.put` and `delete` on an object of its own, `prefix`…, gone afterwards.
 
-def check_conditional_put(store: ObjectStore) -> None:
-    """Try both conditions of `ObjectStore.put` on an object of its own, which is gone afterwards.
-
-    Some servers that speak S3 ignore them, and of two workers both would win. Five small requests. Raises
-    `SettingsError` where a write that must be refused is not, or the server does not know the condition; and the
-    store's errors.
+    Some servers that speak S3 ignore them, and of two workers both would win. Six small requests. Returns whether the
+    condition of `delete` is heeded, which one can do without. Raises `SettingsError` where a write that must be refused
+    is not, or the server does not know the condition; `PreconditionFailed` and `ObjectNotFound` where somebody else
+    took the object away; and the store's errors.
     """
-    key = f"{_PROBE}{uuid.uuid4().hex}"
+    key = f"{prefix}{uuid.uuid4().hex}"
     # no two with the same bytes: who tries again after a lost answer knows its own write by them
     first = _put(store, key, b"1", if_absent=True)
     try:
         _refuses(store, key, b"2", if_absent=True)
         _put(store, key, b"3", if_version=first)
         _refuses(store, key, b"4", if_version=first)
+        return _keeps(store, key, first)
     finally:
         store.delete(key)
 
@@ -43,6 +43,17 @@ def _refuses(
     except PreconditionFailed:
         return
     raise _missing(store, if_absent, "ignores it")
+
+
+def _keeps(store: ObjectStore, key: str, old_version: str) -> bool:
+    try:
+        store.delete(key, if_version=old_version)
+    except PreconditionFailed:
+        return True
+    except StorageError as error:
+        if type(error) is not StorageError:
+            raise
+    return False
 
 
 def _missing(store: ObjectStore, if_absent: bool, how: str) -> SettingsError:

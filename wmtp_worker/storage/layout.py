@@ -173,6 +173,11 @@ class RunKeys:
         return f"{self.prefix}heartbeat.json"
 
     @property
+    def probes(self) -> str:
+        """The prefix of objects by which a server is tried."""
+        return f"{self.prefix}probe-"
+
+    @property
     def roots(self) -> tuple[str, str]:
         """The prefixes under which all objects are that a `Place` can be told of."""
         return f"{self.prefix}step_", f"{self.prefix}{SHARED}/"

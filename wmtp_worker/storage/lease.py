@@ -11,10 +11,12 @@ import logging
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 from wmtp_worker.errors import (
+    CheckpointError,
     ObjectNotFound,
     PreconditionFailed,
     RunHeldError,
@@ -71,8 +73,11 @@ class Lease:
         self._confirmed = 0.0
         self._reachable = True
         self._lost: RunHeldError | None = None
+        self._misses: Counter[str] = Counter()
+        self._status: Callable[[], Mapping[str, Any]] | None = None
         self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._renewed = threading.Event()
+        self._threads: list[threading.Thread] = []
         self._seldom = Seldom(log)
 
     # --- to take it ------------------------------------------------------------------------------------------
@@ -95,7 +100,8 @@ class Lease:
         `seconds` is how long it lasts without renewal; a holder that is alive is waited for, `wait` seconds. Who gives
         a `workdir_id` must hold the run's lock in that directory. `check` is polled while waiting and may raise. Raises
         `RunHeldError` where another worker holds the run and is alive, `SettingsError` where the server does not know
-        conditional writes, `CheckpointError` for a lease of a newer format, and the store's errors.
+        conditional writes, `CheckpointError` for a lease of a newer format, `TransientError` where the server refuses
+        to change a lease that nobody else changes, and the store's errors.
         """
         lease = cls(store, keys, seconds, workdir_id, check, clock, sleep)
         lease._acquire(wait)
@@ -111,12 +117,13 @@ class Lease:
                     return
                 continue
             assert found.file is not None
-            now = self._clock()
             if found.version != watched:
-                if watched:
-                    alive_since = now if alive_since is None else alive_since
-                watched = found.version
-                free_at = now + found.file.seconds + _SLACK - self._age(found)
+                age = self._age(found)
+                if watched and alive_since is None:
+                    alive_since = self._clock()
+                # the time after: to ask for the age may take long
+                watched, free_at = found.version, self._clock() + found.file.seconds + _SLACK - age
+            now = self._clock()
             if now >= free_at:
                 log.warning("the lease of %s ran out: taking over", found.file.holder)
                 if self._take(found):
@@ -134,14 +141,15 @@ class Lease:
             log.warning("the lease %s is malformed: nobody holds it", self._where)
             return True
         file, ours = found.file, self._holder.workdir_id
-        # we have the work directory's lock: whoever had it before is gone
-        return file.released or (ours is not None and file.holder.workdir_id == ours)
+        # we have the work directory's lock: whoever had it before on this machine is gone
+        is_here = ours is not None and (file.holder.workdir_id, file.holder.host) == (ours, self._holder.host)
+        return file.released or is_here
 
     def _age(self, found: Found) -> float:
         """Seconds since the lease was written, by the server's own clock; 0 where that cannot be told."""
         if found.modified is None:
             return 0.0
-        probe = f"{self._keys.prefix}lease-probe-{uuid.uuid4().hex}.json"
+        probe = f"{self._keys.probes}{uuid.uuid4().hex}"
         try:
             self._store.put(probe, b"what time is it?")
             now = self._store.head(probe).modified
@@ -155,20 +163,28 @@ class Lease:
         before = found.file if found is not None else None
         epoch = 1 + (self._newest_epoch() if before is None else before.epoch)
         epochs = () if before is None else before.epochs
-        if found is None:
-            self._check_server()
         file = LeaseFile(epoch=epoch, holder=self._holder, seconds=self._seconds, epochs=epochs)
-        began = self._clock()
         try:
+            if found is None:
+                self._check_server()
+            began = self._clock()
             if found is None:
                 info = self._store.put(self._keys.lease, file.data(), if_absent=True)
             else:
                 info = self._store.put(self._keys.lease, file.data(), if_version=found.version)
         except (PreconditionFailed, ObjectNotFound):
+            self._missed("" if found is None else found.version)
             return False
         self._file, self._version, self._confirmed = file, info.version, began
         log.info("holding the run in the bucket: epoch %d", epoch)
         return True
+
+    def _missed(self, version: str) -> None:
+        """Another was first; or the server refuses what it should not, and is asked ever more slowly."""
+        self._misses[version] += 1
+        if self._misses[version] >= _ATTEMPTS:
+            raise TransientError("the server refuses to change the lease, though nobody else does", where=self._where)
+        self._pause(self._misses[version] - 1)
 
     def _newest_epoch(self) -> int:
         """The newest epoch that objects tell of: somebody may have deleted the lease."""
@@ -177,7 +193,12 @@ class Lease:
 
     def _check_server(self) -> None:
         try:
-            check_conditional_put(self._store)
+            if not check_conditional_put(self._store, self._keys.probes):
+                log.warning(
+                    "%s ignores versions in deletions (DELETE with If-Match): a worker that is paused within one may "
+                    "delete what a newer worker has published meanwhile",
+                    self._store.url,
+                )
         except SettingsError as error:
             fix = (
                 f"{error.fix}; or set checkpoint.lease=false, and see to it yourself that one worker alone trains a run"
@@ -265,7 +286,10 @@ class Lease:
 
         Returns the number of renewals that it has. One that somebody deleted is to be written again.
         """
-        found = read_lease(self._store, self._keys.lease)
+        try:
+            found = read_lease(self._store, self._keys.lease)
+        except CheckpointError as error:  # by a worker of a newer version
+            raise self.lose() from error
         if found is None:
             self._version = ""
             return 0
@@ -294,21 +318,22 @@ class Lease:
     # --- heartbeat -------------------------------------------------------------------------------------------
 
     def start(self, status: Callable[[], Mapping[str, Any]] | None = None) -> None:
-        """Renew from now on, three times a lease, in a thread of its own that `close` joins.
+        """Renew from now on, three times a lease, in a thread of its own; `close` ends it.
 
-        What `status` returns is put into `heartbeat.json` each time.
+        What `status` returns is put into `heartbeat.json` now, after each renewal and before the release, by another.
         """
-        self._thread = threading.Thread(target=self._beat, args=(status,), name="lease", daemon=True)
-        self._thread.start()
+        self._status = status
+        self._renewed.set()
+        jobs = {"lease": self._keep_renewing, **({} if status is None else {"heartbeat": self._keep_telling})}
+        self._threads = [threading.Thread(target=job, name=name, daemon=True) for name, job in jobs.items()]
+        for thread in self._threads:
+            thread.start()
 
-    def _beat(self, status: Callable[[], Mapping[str, Any]] | None) -> None:
-        while not self._stop.is_set():
-            if status is not None:
-                self._tell(status)
-            if self._stop.wait(self._seconds / 3):
-                return
+    def _keep_renewing(self) -> None:
+        while not self._stop.wait(self._until_renewal):
             try:
                 self.renew()
+                self._renewed.set()
             except RunHeldError:
                 return
             except WorkerError as error:
@@ -316,29 +341,53 @@ class Lease:
             except Exception:  # a bug must not end the training either
                 log.exception("the lease could not be renewed, by a bug")
 
-    def _tell(self, status: Callable[[], Mapping[str, Any]]) -> None:
-        document = {"time": time.time(), "epoch": self.epoch, "holder": self._holder.model_dump(), **status()}
+    @property
+    def _until_renewal(self) -> float:
+        # a third of a lease after the last one, or soon where that is past: an outage is not to outlast the lease
+        return max(self._seconds / 12, self._confirmed + self._seconds / 3 - self._clock())
+
+    def _keep_telling(self) -> None:
+        # a thread of its own: trouble with the heartbeat must not delay a renewal
+        while True:
+            self._renewed.wait()
+            self._renewed.clear()
+            if self._stop.is_set():
+                return
+            self._tell()
+
+    def _tell(self, **facts: Any) -> None:
+        if self._status is None:
+            return
         try:
+            holder = self._holder.model_dump()
+            document = {"time": time.time(), "epoch": self.epoch, "holder": holder, **self._status(), **facts}
             self._store.put(self._keys.heartbeat, (json.dumps(document) + "\n").encode())
         except WorkerError as error:
             self._seldom.warn("heartbeat", "the heartbeat is not in the bucket: %s", error)
+        except Exception:
+            log.exception("the heartbeat is not in the bucket, by a bug")
 
     def release(self) -> None:
         """Let the next worker have the run at once. Where the bucket is away, the lease runs out by itself."""
-        self._stop.set()
+        self._end()
         if self.lost or not self._reachable:
             return
+        self._tell(phase="ended")
         try:
             self._write(released=True)
         except WorkerError as error:
             log.info("the lease is not released, and runs out by itself: %s", error)
 
     def close(self) -> bool:
-        """End the heartbeat thread; whether it ended. One that hangs in the network is left behind."""
+        """End the lease's threads; whether they ended. One that hangs in the network is left behind."""
+        self._end()
+        for thread in self._threads:
+            thread.join(_GRACE_SECONDS)
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _end(self) -> None:
         self._stop.set()
-        if self._thread is not None:
-            self._thread.join(_GRACE_SECONDS)
-        return self._thread is None or not self._thread.is_alive()
+        self._renewed.set()
 
 
 def held(holder: Holder, epoch: int, where: str) -> RunHeldError:

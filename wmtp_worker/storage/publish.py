@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wmtp_worker.errors import ObjectNotFound, PreconditionFailed, TransientError
-from wmtp_worker.storage.atomic import temporary
+from wmtp_worker.storage.atomic import disk_errors, temporary
 from wmtp_worker.storage.layout import MANIFEST, RunPaths
 from wmtp_worker.storage.objects import ObjectInfo
 from wmtp_worker.storage.published import Catalogue, Published, View, beside_key, for_the_bucket, objects_of
@@ -41,8 +41,8 @@ class Publisher:
     catalogue: Catalogue
     _best: tuple[tuple[int, int, int], FileEntry] | None = None  # inode, time and size, and what was in it
 
-    def publish(self, step: int, *, own: bool = False) -> bool:
-        """Publish a local checkpoint, whole or not at all; whether anything had to be sent.
+    def publish(self, step: int, *, own: bool = False) -> int | None:
+        """Publish a local checkpoint, whole or not at all; the bytes of files sent for it, None where it was there.
 
         With it go the best model and the record of the steps, as they are now. What the bucket has already is copied
         there; with `own` a checkpoint that an older epoch published becomes ours in any case. Raises `RunHeldError`
@@ -58,7 +58,7 @@ class Publisher:
         self._check_epoch(before)
         if before is not None and self._is_there(step, local, before, view, own):
             catalogue.ensure(fresh=True)
-            return False
+            return None
         if before is not None and before.seal is not None and before.epoch == catalogue.epoch:
             # it names the objects that are about to be replaced
             catalogue.delete(catalogue.keys.manifest(step), if_version=before.version)
@@ -66,10 +66,10 @@ class Publisher:
         with self._beside() as beside:
             data = for_the_bucket(manifest, catalogue.epoch, {name: entry for name, (_, entry) in beside.items()})
             seal = parse_seal(data, str(folder))
-            self._send(step, seal, view, {name: path for name, (path, _) in beside.items()})
+            sent = self._send(step, seal, view, {name: path for name, (path, _) in beside.items()})
         info = self._put_manifest(step, data, before)
         self._confirm(step, seal, info)
-        return True
+        return sent
 
     def _check_epoch(self, before: Published | None) -> None:
         """Raise `RunHeldError` where a newer epoch than ours has published."""
@@ -91,13 +91,13 @@ class Publisher:
     @contextmanager
     def _beside(self) -> Iterator[dict[str, tuple[Path, FileEntry]]]:
         """The best model and the record of the steps as they are now, held while they are sent."""
+        # not the names under which other threads write the next ones
+        links = {path: temporary(path.with_name(f"sent-{path.name}")) for path in (self.paths.best, self.paths.metrics)}
         held: dict[str, tuple[Path, FileEntry]] = {}
         try:
-            for path in (self.paths.best, self.paths.metrics):
-                # not the name under which another thread writes the next one
-                link = temporary(path.with_name(f"sent-{path.name}"))
-                link.unlink(missing_ok=True)
-                with contextlib.suppress(FileNotFoundError):
+            for path, link in links.items():
+                with disk_errors(path.parent), contextlib.suppress(FileNotFoundError):
+                    link.unlink(missing_ok=True)
                     if path == self.paths.metrics:
                         shutil.copyfile(path, link)  # it goes on growing
                         held[path.name] = link, file_entry(link)
@@ -106,7 +106,7 @@ class Publisher:
                         held[path.name] = link, self._entry_of_best(link)
             yield held
         finally:
-            for link, _ in held.values():
+            for link in links.values():
                 link.unlink(missing_ok=True)
 
     def _entry_of_best(self, path: Path) -> FileEntry:
@@ -116,24 +116,47 @@ class Publisher:
             self._best = known, file_entry(path)
         return self._best[1]
 
-    def _send(self, step: int, seal: Seal, view: View, beside: Mapping[str, Path]) -> None:
+    def _send(self, step: int, seal: Seal, view: View, beside: Mapping[str, Path]) -> int:
+        """See that all objects of a seal are there; the bytes of those that were neither there, copied nor begun."""
         keys, folder = self.catalogue.keys, self.paths.step(step)
         paths = {keys.file(step, seal.lease_epoch, name): safe_path(folder, name) for name in seal.files}
         paths |= {keys.blob(seal.lease_epoch, one.sha256): self.paths.blob(one.sha256) for one in seal.shared.values()}
         for name, path in beside.items():
             paths[beside_key(keys, seal.lease_epoch, name, seal.beside[name])] = path
         entries, store = objects_of(keys, step, seal), self.catalogue.store
-        copies = self._by_digest(view)
+        published, left = self._by_digest(view), self._left(view)
+        sent: list[int] = []
 
         def send(key: str) -> None:
             entry = entries[key]
             if is_same(store, view.objects.get(key), entry):
                 return
-            if entry.size >= _WORTH_A_COPY and entry.sha256 in copies and self._copy(copies[entry.sha256], key, entry):
-                return
+            if entry.size >= _WORTH_A_COPY:
+                place = keys.place(key)
+                for source in (published.get(entry.sha256), left.get((place.step, place.name)) if place else None):
+                    if source is not None and self._copy(source, key, entry):
+                        return
+                if (begun := self._begun(entry)) is not None:
+                    # parts cannot be moved to another key: finish it where it was begun
+                    self.transfer.upload_file(paths[key], begun, sha256=entry.sha256)
+                    if self._copy(begun, key, entry):
+                        return
             self.transfer.upload_file(paths[key], key, sha256=entry.sha256)
+            sent.append(entry.size)
 
         each(send, entries)
+        return sum(sent)
+
+    def _left(self, view: View) -> dict[tuple[int | None, str], str]:
+        """Step and name to key of what older epochs have sent, the newest last; perhaps they came no further."""
+        places = sorted(view.places.items(), key=lambda item: item[1].epoch)
+        return {(place.step, place.name): key for key, place in places if place.epoch < self.catalogue.epoch}
+
+    def _begun(self, entry: FileEntry) -> str | None:
+        """The key to which an older epoch began to upload this content from here, and was killed."""
+        keys, epoch = self.catalogue.keys, self.catalogue.epoch
+        begun = self.transfer.begun(entry.sha256)
+        return next((key for key in begun if (place := keys.place(key)) and place.epoch < epoch), None)
 
     def _by_digest(self, view: View) -> dict[str, str]:
         """Digest to key of what published checkpoints are made of, that of the newest last."""
@@ -153,9 +176,9 @@ class Publisher:
             if (info.size, info.sha256) != (entry.size, entry.sha256):
                 return False
             store.copy(source, key)
+            return is_same(store, store.head(key), entry)
         except (ObjectNotFound, PreconditionFailed):
             return False
-        return True
 
     # --- the manifest ----------------------------------------------------------------------------------------
 

@@ -3,22 +3,19 @@
 import json
 import logging
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import PurePosixPath
 
-from wmtp_worker.errors import IntegrityError, ObjectNotFound
+from wmtp_worker.errors import IntegrityError, ObjectNotFound, PreconditionFailed, StorageError
 from wmtp_worker.storage.layout import MANIFEST, Place, RunKeys, parse_step
 from wmtp_worker.storage.lease import Lease
 from wmtp_worker.storage.lease_file import counts, read_epochs
 from wmtp_worker.storage.objects import ObjectInfo, ObjectStore
 from wmtp_worker.storage.seal import FileEntry, Seal
-from wmtp_worker.storage.sealed import read_seal
+from wmtp_worker.storage.sealed import each, read_seal
 
 log = logging.getLogger(__name__)
-
-_READ_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -56,6 +53,15 @@ class View:
         """Whose each object is."""
         return {key: place for key in self.objects if (place := self.keys.place(key)) is not None}
 
+    @cached_property
+    def by_step(self) -> dict[int, list[str]]:
+        """The objects under each step's folder, manifests left out."""
+        found: dict[int, list[str]] = {}
+        for key, place in self.places.items():
+            if place.step is not None:
+                found.setdefault(place.step, []).append(key)
+        return found
+
     @property
     def steps(self) -> list[int]:
         """The steps with a manifest that counts, whether it can be read or not, ascending."""
@@ -91,7 +97,7 @@ class View:
 
     def of_step(self, step: int) -> list[str]:
         """The objects under a step's folder, its manifest left out."""
-        return [key for key, place in self.places.items() if place.step == step]
+        return self.by_step.get(step, [])
 
 
 def objects_of(keys: RunKeys, step: int, seal: Seal) -> dict[str, FileEntry]:
@@ -158,8 +164,14 @@ class Catalogue:
         return View(self.keys, objects, dict(self._read), epochs)
 
     def _manifests(self, steps: Iterable[int]) -> dict[int, Published]:
-        with ThreadPoolExecutor(_READ_AT_ONCE, thread_name_prefix="manifests") as pool:
-            return {found.step: found for found in pool.map(self.manifest, sorted(steps)) if found is not None}
+        found: dict[int, Published] = {}
+
+        def read(step: int) -> None:
+            if (published := self.manifest(step)) is not None:
+                found[step] = published
+
+        each(read, sorted(steps))
+        return found
 
     def manifest(self, step: int) -> Published | None:
         """The manifest of a step, None where there is none."""
@@ -190,6 +202,20 @@ class Catalogue:
         return True
 
     def delete(self, key: str, *, if_version: str | None = None) -> None:
-        """Delete one object, as the holder of the lease."""
+        """Delete one object, as the holder of the lease. With `if_version`: `PreconditionFailed` if it is another."""
         self.ensure()
-        self.store.delete(key, if_version=if_version)
+        if if_version is None:
+            self.store.delete(key)
+            return
+        # not every server heeds the condition of a DELETE, or knows it: so look right before, too
+        try:
+            if self.store.head(key).version != if_version:
+                raise PreconditionFailed("somebody else changed the object first", where=f"{self.store.url}/{key}")
+        except ObjectNotFound:
+            return
+        try:
+            self.store.delete(key, if_version=if_version)
+        except StorageError as error:
+            if type(error) is not StorageError:
+                raise
+            self.store.delete(key)

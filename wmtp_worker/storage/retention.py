@@ -7,7 +7,7 @@ nothing that only looks whole.
 
 import contextlib
 import logging
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
@@ -32,13 +32,14 @@ class Retention:
 
     paths: RunPaths
     catalogue: Catalogue
+    check: Callable[[], None] = lambda: None  # polled between deletions; may raise
 
     def prune(self, keep_last: int, newest: int, keep_every: int = 0) -> list[int]:
         """Delete old checkpoints up to step `newest`, the one just published; returns their steps.
 
-        The last `keep_last` whole ones stay, and multiples of `keep_every` (0: none), and the newest whose objects all
-        have the digests that its manifest names. Ones that are not whole take nobody's place, and go with the ones
-        around them. What nobody names any more goes after them.
+        Of the whole ones the last `keep_last` stay, and multiples of `keep_every` (0: none); and the newest whose
+        objects all have the digests that its manifest names. Ones that are not whole take nobody's place, and go with
+        the ones around them. What nobody names any more goes after them.
         """
         view = self.catalogue.look()
         ours = [step for step in sorted(view.manifests) if step <= newest and self._may(view.manifests[step])]
@@ -50,7 +51,9 @@ class Retention:
             doomed = [
                 step
                 for step in ours
-                if step < whole[-keep_last] and step != verified and not (keep_every and step % keep_every == 0)
+                if step < whole[-keep_last]
+                and step != verified
+                and not (keep_every and step % keep_every == 0 and step in whole)
             ]
         gone = [step for step in doomed if self._drop_manifest(step, view.manifests[step])]
         left = replace(view, manifests={step: one for step, one in view.manifests.items() if step not in gone})
@@ -68,6 +71,8 @@ class Retention:
         """
         view = self.catalogue.look()
         removed = self._remove(self._garbage(view, newest=-1), "swept what crashed workers left in the bucket:")
+        probes = self.catalogue.store.list(self.catalogue.keys.probes)
+        removed += self._remove((info.key for info in probes if _is_older(info, _STALE)), "swept probes:")
         self.catalogue.store.sweep(self.catalogue.keys.prefix, self._patience)
         return removed
 
@@ -82,15 +87,23 @@ class Retention:
         later = [number for number in sorted(view.manifests) if number > step]
         if not later:
             return []
+        copied: set[str] = set()  # several manifests name the same shared tensors
+
+        def copy(key: str, target: str) -> None:
+            if key not in copied:
+                self.check()
+                with contextlib.suppress(ObjectNotFound):
+                    store.copy(key, target)
+                copied.add(key)
+
         aside = f"{keys.prefix}{SET_ASIDE_PREFIX}{datetime.now(UTC):%Y%m%dT%H%M%S}/"
         catalogue.ensure()
         logs = self.paths.key(self.paths.logs)
         for info in store.list(logs):
-            store.copy(info.key, f"{aside}logs/{info.key.removeprefix(logs)}")
+            copy(info.key, f"{aside}logs/{info.key.removeprefix(logs)}")
         for path in (self.paths.best, self.paths.final):
-            with contextlib.suppress(ObjectNotFound):
-                store.copy(self.paths.key(path), aside + path.name)
-                catalogue.delete(self.paths.key(path))
+            copy(self.paths.key(path), aside + path.name)
+            catalogue.delete(self.paths.key(path))
         for number in later:
             published = view.manifests[number]
             named = objects_of(keys, number, published.seal) if published.seal is not None else ()
@@ -99,8 +112,7 @@ class Retention:
                 *(key for key in {*named, *view.of_step(number)} if key in view.objects),
                 keys.manifest(number),
             ]:
-                with contextlib.suppress(ObjectNotFound):
-                    store.copy(key, aside + key.removeprefix(keys.prefix))
+                copy(key, aside + key.removeprefix(keys.prefix))
             if self._drop_manifest(number, published):
                 self._remove(view.of_step(number), "set aside")
         return later
@@ -133,7 +145,7 @@ class Retention:
             past = newest >= 0 if place.step is None else place.step <= newest
             if lease is None:
                 # who knows whose these are
-                doomed = _is_old(view.objects[key]) or (past and place.step in view.manifests)
+                doomed = _is_older(view.objects[key], _ABANDONED) or (past and place.step in view.manifests)
             else:
                 doomed = place.epoch < epoch or (place.epoch == epoch and past)
             if doomed:
@@ -143,6 +155,7 @@ class Retention:
 
     def _drop_manifest(self, step: int, published: Published) -> bool:
         """Delete a manifest, unless it is another one by now; whether it is gone."""
+        self.check()
         try:
             self.catalogue.delete(self.catalogue.keys.manifest(step), if_version=published.version)
         except PreconditionFailed:
@@ -154,11 +167,12 @@ class Retention:
     def _remove(self, keys: Iterable[str], what: str) -> int:
         doomed: Collection[str] = sorted(keys)[:_MOST]
         for key in doomed:
+            self.check()
             self.catalogue.delete(key)
         if doomed:
             log.info("%s %d objects", what, len(doomed))
         return len(doomed)
 
 
-def _is_old(info: ObjectInfo) -> bool:
-    return info.modified is not None and info.modified < datetime.now(UTC) - _ABANDONED
+def _is_older(info: ObjectInfo, age: timedelta) -> bool:
+    return info.modified is not None and info.modified < datetime.now(UTC) - age

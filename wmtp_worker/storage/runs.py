@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from wmtp_worker.errors import InputError, IntegrityError, ObjectNotFound
+from wmtp_worker.errors import InputError, IntegrityError, ObjectNotFound, StorageError
 from wmtp_worker.storage.atomic import PARTIAL_PREFIX, disk_errors, set_aside
 from wmtp_worker.storage.layout import MANIFEST, RunPaths
 from wmtp_worker.storage.lease import Lease
@@ -43,14 +43,21 @@ class RunSync:
     the same at the same time.
     """
 
-    def __init__(self, transfer: Transfer, paths: RunPaths, lease: Lease | None = None) -> None:
+    def __init__(
+        self,
+        transfer: Transfer,
+        paths: RunPaths,
+        lease: Lease | None = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`check` is polled between deletions, which may be many, and may raise."""
         self.transfer = transfer
         self.store = transfer.store
         self.paths = paths
         self.keys = paths.keys
         self.catalogue = Catalogue(self.store, self.keys, lease)
         self._publisher = Publisher(transfer, paths, self.catalogue)
-        self._retention = Retention(paths, self.catalogue)
+        self._retention = Retention(paths, self.catalogue, check)
 
     def hold(self, lease: Lease) -> None:
         """Do from now on everything under this lease."""
@@ -60,6 +67,11 @@ class RunSync:
         """The steps in the bucket that a run might go on from, by their manifests, ascending."""
         view = self.catalogue.look()
         return [step for step in view.steps if view.manifests[step].seal is None or view.manifests[step].full]
+
+    def whole_steps(self) -> list[int]:
+        """Those of them whose objects are all there, as the manifest and the store tell, ascending."""
+        view = self.catalogue.look()
+        return [step for step in view.steps if view.whole(step) and self.catalogue.verify(step, view.manifests[step])]
 
     # --- from the bucket -------------------------------------------------------------------------------------
 
@@ -87,7 +99,6 @@ class RunSync:
             if step in remote and self._fetch(remote[step], accept, must, newest=step == max(remote)):
                 fetched = step
                 break
-        self._drop_beginnings()
         return fetched
 
     def _verifies(self, step: int, accept: Accept, must: bool, also_remote: bool) -> bool:
@@ -157,8 +168,8 @@ class RunSync:
         if not seal.beside and best_too:
             self.fetch_file(self.paths.best)
 
-    def _drop_beginnings(self) -> None:
-        """Remove beginnings of downloads that nobody goes on with."""
+    def drop_beginnings(self) -> None:
+        """Remove beginnings of downloads that nobody goes on with. For who holds the run's local lock."""
         for beginning in self.paths.checkpoints.glob(f"{PARTIAL_PREFIX}step_*"):
             shutil.rmtree(beginning, ignore_errors=True)
 
@@ -185,10 +196,13 @@ class RunSync:
 
     # --- to the bucket ---------------------------------------------------------------------------------------
 
-    def publish(self, step: int) -> bool:
-        """Publish a local checkpoint, whole or not at all; whether anything was sent. See `publish.Publisher`."""
+    def publish(self, step: int) -> int | None:
+        """Publish a local checkpoint, whole or not at all; bytes sent, None where it was there. See `Publisher`."""
         sent = self._publisher.publish(step)
-        self._show_best(step)
+        try:
+            self._show_best(step)
+        except StorageError as error:  # its content is in the bucket, under the name that the manifest knows
+            log.warning("the best model is not under its plain name in the bucket: %s", error)
         return sent
 
     def _show_best(self, step: int) -> None:
@@ -213,7 +227,8 @@ class RunSync:
     def publish_logs(self) -> None:
         """Upload what is new in the run's logs; one that cannot be sent is left out with a warning."""
         self.catalogue.ensure()
-        _warn(self.transfer.push(self.paths.logs, self.paths.key(self.paths.logs)), "uploaded")
+        if self.paths.logs.is_dir():
+            _warn(self.transfer.push(self.paths.logs, self.paths.key(self.paths.logs)), "uploaded")
 
     def prune(self, keep_last: int, newest: int, keep_every: int = 0) -> list[int]:
         """Delete old checkpoints from the bucket; see `retention.Retention`."""
@@ -224,12 +239,16 @@ class RunSync:
         return self._retention.sweep()
 
     def set_aside_after(self, step: int) -> list[int]:
-        """Move later checkpoints in the bucket out of the way; see `retention.Retention`.
+        """Go on from `step`, and move later checkpoints in the bucket out of the way; see `retention.Retention`.
 
-        The one to go on from becomes ours first: a worker that was taken for dead may not delete it any more.
+        The order matters. The one to go on from becomes ours: a worker that was taken for dead may not delete it any
+        more. Then the lease tells of it (`Lease.began`): later ones do not count. Only then are they moved: whoever
+        takes over meanwhile goes on from none of them. What is not done after an error, the next call does.
         """
         if (self.paths.step(step) / MANIFEST).exists():
             self._publisher.publish(step, own=True)
+        if self.catalogue.lease is not None:
+            self.catalogue.lease.began(step)
         return self._retention.set_aside_after(step)
 
 

@@ -1,10 +1,10 @@
 """Sealed folders on their way: in a bucket one appears by the conditional put of its manifest, locally by a rename."""
 
+import functools
 import hashlib
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,6 +15,7 @@ from wmtp_worker.storage.objects import ObjectInfo, ObjectStore
 from wmtp_worker.storage.seal import FileEntry, Seal, parse_seal
 from wmtp_worker.storage.transfer import Transfer
 from wmtp_worker.storage.transfer.paths import safe_path
+from wmtp_worker.storage.transfer.pool import Group, Pool
 
 T = TypeVar("T")
 
@@ -191,11 +192,14 @@ def check_room(folder: Path, needed: int) -> None:
 
 
 def each(job: Callable[[T], None], names: Iterable[T]) -> None:
-    """Run `job` for every name, several at once. After an error no further one begins; it is raised at the end."""
-    with ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="sealed") as pool:
-        try:
-            for done in [pool.submit(job, name) for name in names]:
-                done.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    """Run `job` for every name, several at once. After an error no further one begins; it is raised at the end.
+
+    One that hangs in the network is left behind after a few seconds, and does not keep the process.
+    """
+    pool = Pool(_FILES_AT_ONCE, "sealed")
+    try:
+        with Group(pool, lambda: None) as group:
+            for name in names:
+                group.submit(functools.partial(job, name))
+    finally:
+        pool.close()

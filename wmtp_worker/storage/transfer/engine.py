@@ -93,6 +93,11 @@ class Transfer:
             self._means.journal.flush()
         return info
 
+    def begun(self, sha256: str) -> list[str]:
+        """The keys to which large uploads of this content were begun here and not finished: `upload_file` goes on."""
+        self._begin()
+        return self._means.journal.uploads(sha256)
+
     def download_file(self, key: str, path: Path, *, sha256: str | None = None) -> ObjectInfo:
         """Make the file `path` of an object, or leave it if it has that content already. Atomic and durable.
 

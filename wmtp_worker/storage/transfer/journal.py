@@ -122,6 +122,13 @@ class Journal:
         except (ValueError, TypeError):
             return None
 
+    def uploads(self, sha256: str) -> list[str]:
+        """The keys of unfinished uploads of this content, the newest first."""
+        query = "SELECT key FROM uploads WHERE url = ? AND sha256 = ? ORDER BY written DESC"
+        with self._lock:
+            rows = self._all(query, self._url, sha256)
+        return [bytes(row[0]).decode("utf-8", "surrogatepass") for row in rows]  # type: ignore[call-overload]
+
     def note_upload(self, key: str, sha256: str, token: Mapping[str, str]) -> None:
         """Remember how to go on with an upload; on disk at once, since the process may be killed."""
         row = (self._url, _bytes(key), sha256, json.dumps(dict(token)), int(time.time()))
@@ -177,14 +184,16 @@ class Journal:
             self._give_up(error)
 
     def _one(self, query: str, *values: object) -> _Row | None:
+        return next(iter(self._all(query, *values)), None)
+
+    def _all(self, query: str, *values: object) -> _Rows:
         if not self._database:
-            return None
+            return ()
         try:
-            row: _Row | None = self._database.execute(query, values).fetchone()
+            return self._database.execute(query, values).fetchall()
         except sqlite3.Error as error:
             self._give_up(error)
-            return None
-        return row
+            return ()
 
     def _give_up(self, error: sqlite3.Error) -> None:
         LOG.warning("going on without the journal %s: %s", self._path, error)

@@ -58,14 +58,15 @@ class Pool:
             self._tasks.put(task)
 
     def close(self) -> None:
-        """End the threads, waiting up to `GRACE` seconds for each."""
+        """End the threads, waiting up to `GRACE` seconds for them."""
         with self._lock:
             self._closed = True
             threads, self._threads = self._threads, []
         for _ in threads:
             self._tasks.put(None)
+        deadline = time.monotonic() + GRACE
         for thread in threads:
-            thread.join(GRACE)
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:
