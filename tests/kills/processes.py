@@ -3,18 +3,27 @@
 Loading torch and transformers takes most of the time of a tiny run, and is the same each time.
 """
 
+import json
 import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from tests.kills.strikes import Strike, arm
+from tests.kills.strikes import Strike, arm, count
 from wmtp_worker.cli import main
+from wmtp_worker.host.stop import STOP
 
 _forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(["wmtp_worker.training.run"])
+# one that is missing is left out
+_forks.set_forkserver_preload(
+    [
+        "wmtp_worker.training.run",
+        "wmtp_worker.cli.app",
+        *(f"wmtp_worker.storage.{name}" for name in ("s3", "gcs", "azure")),
+    ]
+)
 
 
 class Worker:
@@ -29,14 +38,19 @@ class Worker:
         *,
         fork: bool,
         strike: Strike | None = None,
+        change: Callable[[], None] | None = None,
+        lines: Path | None = None,
     ) -> None:
-        """`strike` is a signal that the process, which must be a forked one, sends itself at some line."""
+        """The rest is for a forked process: `strike` is a signal that it sends itself at some line, `change` is called
+        first, and `lines` becomes a file with the number of lines that it ran, by phase. A forked one draws no picture.
+        """
         arguments = ["train", "--run-name", "tiny", *(part for setting in settings for part in ("--set", setting))]
         environment = {**os.environ, **variables, "WMTP_WORKDIR": str(workdir)}
         self._process: subprocess.Popen[bytes] | multiprocessing.process.BaseProcess
         output.touch()
         if fork:
-            self._process = _forks.Process(target=_run, args=(arguments, environment, workdir, output, strike))
+            given = (arguments, environment, workdir, output, strike, change, lines)
+            self._process = _forks.Process(target=_run, args=given)
             self._process.start()
             return
         with output.open("ab") as file:
@@ -54,9 +68,12 @@ class Worker:
         return self._process.is_alive()
 
     def wait(self, timeout: float) -> int | None:
-        """Its exit code; minus the signal that ended it."""
+        """Its exit code, or minus the signal that ended it; None where it still runs after `timeout` seconds."""
         if isinstance(self._process, subprocess.Popen):
-            return self._process.wait(timeout)
+            try:
+                return self._process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                return None
         self._process.join(timeout)
         return self._process.exitcode
 
@@ -71,13 +88,33 @@ class Worker:
         self.wait(timeout=60)
 
 
-def _run(arguments: list[str], environment: dict[str, str], workdir: Path, output: Path, strike: Strike | None) -> None:
+def _run(
+    arguments: list[str],
+    environment: dict[str, str],
+    workdir: Path,
+    output: Path,
+    strike: Strike | None,
+    change: Callable[[], None] | None,
+    lines: Path | None,
+) -> None:
+    from wmtp_worker.training import run
+
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(workdir)
     with output.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    # drawing takes longer than all the rest
+    run.draw = lambda metrics, picture, title: picture.touch()
+    if change is not None:
+        change()
+    # before this, which is the first thing that the command does, signals end any Python
+    STOP.install()
     if strike is not None:
         arm(strike)
-    sys.exit(main(arguments))
+    counted = count() if lines is not None else {}
+    code = main(arguments)
+    if lines is not None:
+        lines.write_text(json.dumps(counted))
+    sys.exit(code)

@@ -39,8 +39,9 @@ OTHER: Mapping[str, str] = MappingProxyType(
         "WMTP_STOP_GRACE_SECONDS": "seconds from SIGTERM to SIGKILL on this host (not known: a full save is tried)",
         "WMTP_BASE_IMAGE": "base image of the container tests",
         "WMTP_REQUIRE_CONTAINERS": "1 makes the container tests fail, not skip, where there is no Docker engine",
-        "WMTP_KILLS": "how often the kill tests strike a worker (60)",
+        "WMTP_KILLS": "how often the kill tests kill a worker (60)",
         "WMTP_KILLS_SEED": "by which seed they choose where (1)",
+        "WMTP_KILLS_UNTIL": "Unix time after which they begin no more chains of kills (no limit)",
         "WMTP_TEST_DATA": "folder that holds mbpp/mbpp.jsonl, for the tests and benchmarks on real data",
     }
 )
