@@ -5,6 +5,8 @@ import json
 import logging
 import os
 import re
+import time
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
@@ -129,12 +131,17 @@ class Test_sessions:
         assert upload.finish().size == size
         assert bytes(direct.get("large")[1]) == path.read_bytes()
 
-    def test_only_what_the_server_has_not_kept_is_sent_again(self, store, proxy, source):
+    def test_only_what_the_server_has_not_kept_is_sent_again(self, store, proxy, gcs_process, source):
         data = source.read_bytes()
         upload = store.begin("large", source.stat().st_size, sha256(data), PART, None)
         proxy.cut("up", 2 * QUANTUM + 1000, match="^PUT", reset=True)
         with pytest.raises(TransientError):
             upload.put(0, data[:PART])
+        # the client sees the end of the connection, and might ask, before the server has taken in what came by it
+        session = gcs_process.storage.sessions[parse_qs(urlsplit(upload.token["session"]).query)["upload_id"][0]]
+        deadline = time.monotonic() + 30
+        while len(session.received) < 2 * QUANTUM and time.monotonic() < deadline:
+            time.sleep(0.01)
         sent = proxy.bytes_up
         upload.put(0, data[:PART])
         assert proxy.bytes_up - sent < PART - QUANTUM

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import itertools
 import os
 import random
 import threading
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.servers.base import Server
+from wmtp_worker.errors import Interrupted
 from wmtp_worker.storage.objects import ObjectStore
 from wmtp_worker.storage.transfer import Transfer
 
@@ -64,6 +66,27 @@ def transfers(tmp_path: Path) -> Iterator[Callable[..., Transfer]]:
 def transfer(transfers: Callable[..., Transfer], bucket: ObjectStore) -> Transfer:
     """Between `bucket` and anywhere."""
     return transfers(bucket)
+
+
+@pytest.fixture
+def interrupted_download(transfers: Callable[..., Transfer]) -> Callable[..., None]:
+    """`interrupted_download(bucket, key, path, parts)`: stopped when so many parts are there, one after the other."""
+
+    def download(bucket: Any, key: str, path: Path, parts: int) -> None:
+        served = itertools.count()
+        get = bucket.get
+
+        def get_some(*arguments: Any) -> Any:
+            if next(served) >= parts:
+                raise Interrupted("stopped by a test")
+            return get(*arguments)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(bucket, "get", get_some)
+            with pytest.raises(Interrupted):
+                transfers(bucket, concurrency=1).download_file(key, path)
+
+    return download
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from wmtp_worker.errors import DiskFullError, InputError, IntegrityError, Interrupted, PreconditionFailed
+from wmtp_worker.errors import DiskFullError, InputError, IntegrityError, PreconditionFailed
 from wmtp_worker.storage.transfer.download import STAGING
 
 PART = 64 << 10
@@ -66,34 +66,23 @@ def test_an_object_that_keeps_changing_is_an_error_and_leaves_the_old_file(
     assert os.listdir(copy.parent) == ["copy"]
 
 
-def interrupted_download(transfers, bucket, copy):
-    """Leave parts of `key` behind, and return the file that holds them."""
-    calls = [8]
-
-    def check():
-        calls[0] -= 1
-        if calls[0] < 0:
-            raise Interrupted("stopped by a test")
-
-    with pytest.raises(Interrupted):
-        transfers(bucket, bandwidth=20 * PART, check=check).download_file("key", copy)
-    return next((copy.parent / STAGING).glob("*.data"))
-
-
-def test_parts_damaged_between_two_processes_are_fetched_again(transfers, bucket, tmp_path, make_file, copy):
+def test_parts_damaged_between_two_processes_are_fetched_again(
+    transfers, bucket, tmp_path, make_file, copy, interrupted_download
+):
     data = make_file(tmp_path / "file", 20 * PART)
     transfers(bucket).upload_file(tmp_path / "file", "key")
-    left = interrupted_download(transfers, bucket, copy)
+    interrupted_download(bucket, "key", copy, parts=8)
+    (left,) = (copy.parent / STAGING).glob("*.data")
     with left.open("r+b") as file:
         file.write(b"damage")
     transfers(bucket).download_file("key", copy)
     assert copy.read_bytes() == data
 
 
-def test_parts_of_another_version_are_not_used(transfers, bucket, tmp_path, make_file, copy):
+def test_parts_of_another_version_are_not_used(transfers, bucket, tmp_path, make_file, copy, interrupted_download):
     make_file(tmp_path / "file", 20 * PART)
     transfers(bucket).upload_file(tmp_path / "file", "key")
-    interrupted_download(transfers, bucket, copy)
+    interrupted_download(bucket, "key", copy, parts=8)
     data = make_file(tmp_path / "file", 20 * PART, seed=2)
     transfers(bucket).upload_file(tmp_path / "file", "key")
     transfers(bucket).download_file("key", copy)

@@ -20,6 +20,7 @@ from wmtp_worker.storage.open import open_store
 from wmtp_worker.storage.transfer.download import STAGING
 
 PART = 256 << 10
+SMALL_PART = 64 << 10  # what `transfers` makes unless told otherwise
 SMALL, LARGE = 30_000, 40 * PART + 12_345
 
 
@@ -189,21 +190,21 @@ def test_an_interrupted_transfer_goes_on_in_the_same_place(transfers, bucket, so
     assert set(found) == set(visible(source))
 
 
-def test_an_interrupted_download_keeps_its_parts_for_the_next(transfers, bucket, tmp_path, make_file):
-    data = make_file(tmp_path / "file", 20 * PART)
+def test_an_interrupted_download_keeps_its_parts_for_the_next(
+    transfers, bucket, tmp_path, make_file, interrupted_download
+):
+    copy = tmp_path / "out" / "copy"
+    data = make_file(tmp_path / "file", 20 * SMALL_PART)
     transfers(bucket).upload_file(tmp_path / "file", "key")
-    with pytest.raises(Interrupted):
-        transfers(bucket, part_size=PART, check=stop_after(8), bandwidth=20 * PART).download_file(
-            "key", tmp_path / "out" / "copy"
-        )
+    interrupted_download(bucket, "key", copy, parts=8)
     assert list((tmp_path / "out").iterdir()) == [tmp_path / "out" / STAGING]
     read = []
     get = bucket.get
     bucket.get = lambda key, start=0, *rest: (read.append(start), get(key, start, *rest))[1]
-    transfers(bucket, part_size=PART).download_file("key", tmp_path / "out" / "copy")
-    assert 0 < len(read) < 18
-    assert (tmp_path / "out" / "copy").read_bytes() == data
-    assert list((tmp_path / "out").iterdir()) == [tmp_path / "out" / "copy"]
+    transfers(bucket).download_file("key", copy)
+    assert sorted(read) == [number * SMALL_PART for number in range(8, 20)]
+    assert copy.read_bytes() == data
+    assert list((tmp_path / "out").iterdir()) == [copy]
 
 
 def test_many_threads_download_into_one_folder(transfer, bucket, tmp_path):
