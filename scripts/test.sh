@@ -51,6 +51,12 @@ azurite() {
 _main() {
   [[ ${1:-} == -- ]] && shift
   cd "$WMTP_ROOT"
+  # npm downloads meanwhile; where it has to be installed first, that is done afterwards: apt is for one at a time
+  local npm=
+  if command -v npm >/dev/null; then
+    azurite >/dev/null &
+    npm=$!
+  fi
   ensure_venv dev
   export PATH=$venv/bin:$PATH
   lint
@@ -58,7 +64,7 @@ _main() {
     say "failed: $(printf '%s, ' "${failed[@]}" | sed 's/, $//') (the tests were not run)"
     exit 1
   fi
-  stage azurite azurite
+  if [[ -n $npm ]]; then stage azurite wait "$npm"; else stage azurite azurite; fi
   # everything goes to several processes; for a few tests, starting those takes longer than it saves
   (($# > 0)) || set -- -n logical --maxprocesses 4 --dist loadgroup
   stage pytest python -m pytest "$@"
