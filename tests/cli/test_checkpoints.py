@@ -1,4 +1,4 @@
-"""`wmtp checkpoints ls`: the checkpoints of a run, and what its interruptions cost."""
+"""`wmtp checkpoints`: the checkpoints of a run, what its interruptions cost, and what is published later."""
 
 import json
 
@@ -6,7 +6,12 @@ import pytest
 
 from wmtp_worker.checkpoint.ledger import Reached, Running, Save, Start
 from wmtp_worker.checkpoint.manifest import Manifest
+from wmtp_worker.errors import ExhaustedError
+from wmtp_worker.settings import load
+from wmtp_worker.storage import CloudSync
+from wmtp_worker.storage.cloud import Terms
 from wmtp_worker.storage.layout import RunPaths
+from wmtp_worker.storage.seal import seal_folder
 
 DAY = 1_700_000_000.0
 
@@ -81,3 +86,79 @@ def test_verify_stays_a_list(command, paths):
     write(paths, *killed_once())
     listed = command("checkpoints", "verify", "x", "--json", WMTP_WORKDIR=str(paths.workdir)).stdout
     assert [item["status"] for item in json.loads(listed)] == ["verified"]
+
+
+@pytest.fixture
+def bucket(tmp_path):
+    """The variables of a folder as bucket, and a `CloudSync` of somebody else who uses it."""
+    (tmp_path / "disk").mkdir()
+    environ = {"CLOUD_PROVIDER": "local", "CLOUD_BUCKET": str(tmp_path / "disk" / "bucket")}
+    with CloudSync(load(environ=dict(environ)).cloud, tmp_path / "elsewhere", terms=Terms(seconds=1)) as other:
+        other.environ = environ
+        yield other
+
+
+def sealed(workdir, step):
+    folder = RunPaths(workdir, "x").step(step)
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_text(f"weights {step}")
+    seal_folder(folder)
+
+
+def test_push_publishes_checkpoints_and_logs(command, tmp_path, bucket):
+    work = tmp_path / "work"
+    sealed(work, 40)
+    RunPaths(work, "x").logs.mkdir(parents=True)
+    RunPaths(work, "x").training_log.write_text("of this run")
+    assert "published: step_40" in command("checkpoints", "push", "x", WMTP_WORKDIR=str(work), **bucket.environ).stdout
+    assert bucket.run("x").published_steps() == [40]
+    assert bytes(bucket.store.get("logs/x/training.log")[1]) == b"of this run"
+    again = command("checkpoints", "push", "x", WMTP_WORKDIR=str(work), **bucket.environ)
+    assert "the bucket has all checkpoints already" in again.stdout
+
+
+def test_push_says_that_the_bucket_is_newer(command, tmp_path, bucket):
+    sealed(bucket.workdir, 60)
+    bucket.sync_checkpoints("x")
+    sealed(tmp_path / "work", 50)
+    RunPaths(tmp_path / "work", "x").final.write_text("of another branch")
+    done = command("checkpoints", "push", "x", code=74, WMTP_WORKDIR=str(tmp_path / "work"), **bucket.environ)
+    assert "the bucket has step_60" in done.stderr
+    assert "--resume 50 sets that one aside" in done.stderr
+    assert bucket.run("x").published_steps() == [60]
+
+
+def test_push_leaves_a_run_alone_that_is_trained_elsewhere(command, tmp_path, bucket):
+    side = bucket.run("x")
+    bucket.hold(side)
+    bucket.store.put("logs/x/training.log", b"of the live worker")
+    paths = RunPaths(tmp_path / "work", "x")
+    paths.checkpoints.mkdir(parents=True)  # ended before its first save
+    paths.logs.mkdir(parents=True)
+    paths.training_log.write_text("of one that is gone")
+    done = command("checkpoints", "push", "x", code=79, WMTP_WORKDIR=str(tmp_path / "work"), **bucket.environ)
+    assert "is being trained by pid" in done.stderr
+    assert bytes(bucket.store.get("logs/x/training.log")[1]) == b"of the live worker"
+
+
+def test_push_to_a_bucket_that_is_not_there(command, tmp_path):
+    sealed(tmp_path / "work", 40)
+    nowhere = {"CLOUD_PROVIDER": "local", "CLOUD_BUCKET": str(tmp_path / "not" / "mounted" / "bucket")}
+    command("checkpoints", "push", "x", code=78, WMTP_WORKDIR=str(tmp_path / "work"), **nowhere)
+
+
+def test_push_of_a_damaged_checkpoint_is_no_matter_of_time(command, tmp_path, bucket):
+    work = tmp_path / "work"
+    sealed(work, 40)
+    sealed(work, 60)
+    (RunPaths(work, "x").step(40) / "model.safetensors").write_text("WEIGHTS 40")
+    command("checkpoints", "push", "x", code=78, WMTP_WORKDIR=str(work), **bucket.environ)
+    assert bucket.run("x").published_steps() == [60]
+
+
+def test_what_stays_where_it_is_has_a_name_even_before_the_first_save(bucket, monkeypatch):
+    def away(*arguments):
+        raise ExhaustedError("away")
+
+    monkeypatch.setattr(CloudSync, "hold", away)
+    assert bucket.sync_checkpoints("x").not_safe == {"run x": "away"}

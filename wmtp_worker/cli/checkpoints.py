@@ -80,6 +80,14 @@ def push(run: RunArgument) -> None:
     if done.not_safe:
         reason = next(iter(done.not_safe.values()))
         raise NotSafeError(f"not in the bucket yet: {', '.join(done.not_safe)}; {reason}", fix="do it again later")
+    if done.behind is not None:
+        newest = max(paths.steps(), default=None)
+        onwards = "" if newest is None else f", --resume {newest} sets that one aside"
+        raise NotSafeError(
+            f"the bucket has step_{done.behind}, newer than all that is here: nothing was published",
+            where=str(paths.checkpoints),
+            fix=f"wmtp train --resume auto goes on from the bucket's{onwards}",
+        )
     names = ", ".join(f"step_{step}" for step in done.published)
     typer.echo(f"published: {names}" if names else "the bucket has all checkpoints already")
 

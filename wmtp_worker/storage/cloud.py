@@ -8,7 +8,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from wmtp_worker.errors import InputError, RunHeldError, SettingsError, StorageError
+from wmtp_worker.errors import (
+    AGAIN,
+    CheckpointError,
+    InputError,
+    RunHeldError,
+    SettingsError,
+    StorageError,
+    WorkerError,
+)
 from wmtp_worker.settings import CheckpointSettings, CloudSettings, load
 from wmtp_worker.storage.background import Background
 from wmtp_worker.storage.layout import RunPaths, step_name
@@ -23,6 +31,9 @@ from wmtp_worker.storage.transfer import Report, Transfer
 log = logging.getLogger(__name__)
 
 STATE = ".sync"
+# kept of the time to close: what the next worker need not wait for a lease to run out is worth more than one more part
+_RELEASE_SECONDS = 2.0
+_NOT_SAFE = (StorageError, InputError, CheckpointError, RunHeldError, OSError)
 
 
 @dataclass(frozen=True)
@@ -41,15 +52,20 @@ class Terms:
 
 @dataclass
 class Synced:
-    """What `sync_checkpoints` did: the step it fetched, those it published, and why anything is not safe.
+    """What `sync_checkpoints` did: the step it fetched, those it published, and what failed, by name.
 
-    `behind`: the bucket has a newer checkpoint than the work directory, so nothing was published.
+    `behind`: a step in the bucket that is newer than all in the work directory, so nothing was published.
     """
 
     fetched: int | None = None
-    behind: bool = False
+    behind: int | None = None
     published: list[int] = field(default_factory=list)
-    not_safe: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, Exception] = field(default_factory=dict)
+
+    @property
+    def not_safe(self) -> dict[str, str]:
+        """Why what is not safe is not, by name."""
+        return {name: str(error) for name, error in self.failed.items()}
 
 
 def is_here(cloud: CloudSettings, workdir: Path) -> bool:
@@ -144,13 +160,19 @@ class CloudSync:
 
     def run(self, name: str) -> RunSync:
         """The checkpoints and logs of one run."""
-        return RunSync(self.transfer, RunPaths(self.workdir, name))
+        return RunSync(self.transfer, RunPaths(self.workdir, name), check=self._poll)
 
-    def hold(self, side: RunSync, status: Callable[[], Mapping[str, Any]] | None = None) -> Lease | None:
+    def hold(
+        self,
+        side: RunSync,
+        status: Callable[[], Mapping[str, Any]] | None = None,
+        taken: Callable[[], object] = lambda: None,
+    ) -> Lease | None:
         """Take the lease of a run, and keep it until `close`; None where the terms are to have none.
 
         The caller must hold the run's lock in the work directory. What `status` returns is put into the bucket's
-        `heartbeat.json`. Raises as `Lease.acquire` does; without leases `SettingsError` where others use them.
+        `heartbeat.json`; `taken` is called before that, when the run is ours, and must not raise. Raises as
+        `Lease.acquire` does; without leases `SettingsError` where others use them.
         """
         if not self.terms.lease:
             if read_lease(self.store, side.keys.lease) is not None:
@@ -159,6 +181,7 @@ class CloudSync:
                     where=f"{self.store.url}/{side.keys.lease}",
                     fix="set checkpoint.lease=true; or, if no worker trains this run, delete that object",
                 )
+            taken()
             return None
         lease = Lease.acquire(
             self.store,
@@ -169,6 +192,7 @@ class CloudSync:
             check=self._poll,
         )
         self._leases.append(lease)
+        taken()
         lease.start(status)
         side.hold(lease)
         return lease
@@ -179,42 +203,67 @@ class CloudSync:
         if lease.close():
             self._leases.remove(lease)
 
-    def sync_checkpoints(
-        self, run: str, keep_last: int | None = None, *, keep_every: int = 0, fetch: bool = True
-    ) -> Synced:
+    def sync_checkpoints(self, run: str, keep_last: int | None = None, *, keep_every: int = 0) -> Synced:
         """Bring both sides to the newest checkpoint that verifies (the table in `storage.runs`), exports included.
 
         Publishes the local steps that are newer than the bucket's, `final.pt` and `best_model.pt`; with `keep_last`
-        older published steps are deleted afterwards, multiples of `keep_every` left out. Without `fetch` nothing is
-        downloaded. Nothing is done while a worker trains the run, here or elsewhere: that is not safe then.
+        older published steps are deleted afterwards, multiples of `keep_every` left out. Nothing is done while a worker
+        trains the run, here or elsewhere: that is not safe then.
         """
         result, side = Synced(), self.run(run)
-        if self.here:
-            return result
+
+        def work(lease: Lease | None) -> None:
+            result.fetched = side.fetch_checkpoint("auto")
+            side.drop_beginnings()
+            self._publish_newer(side, lease, result)
+            if keep_last is not None and result.published:
+                self._try("pruning", lambda: side.prune(keep_last, max(result.published), keep_every), result)
+
+        if not self.here:
+            self._as_holder(side, work, result)
+        return result
+
+    def push_run(self, run: str) -> Synced:
+        """Publish what is only in the work directory, logs too, unless the bucket has a newer checkpoint.
+
+        Raises, after all else was tried, what no later try would heal: `RunHeldError`, `AccessDenied`,
+        `BucketNotFound`, and `IntegrityError` or `InputError` for a local checkpoint that is damaged.
+        """
+        result, side = Synced(), self.run(run)
+
+        def work(lease: Lease | None) -> None:
+            self._publish_newer(side, lease, result)
+            if not result.failed and result.behind is None:
+                self._try("logs", side.publish_logs, result)
+
+        self._as_holder(side, work, result)
+        for error in result.failed.values():
+            if isinstance(error, WorkerError) and error.exit_code != AGAIN:
+                raise error
+        return result
+
+    def _as_holder(self, side: RunSync, work: Callable[[Lease | None], object], result: Synced) -> None:
+        """Do something as the one who holds the run, here and in the bucket; where that fails, nothing is safe."""
         try:
             with run_lock(side.paths.lock):
                 lease = self.hold(side)
                 try:
-                    self._sync_checkpoints(side, lease, keep_last, keep_every, fetch, result)
+                    work(lease)
                 finally:
                     if lease is not None:
                         self.let_go(lease)
-        except (StorageError, InputError, RunHeldError) as error:
-            log.warning("the checkpoints of %s stay where they are: %s", run, error)
-            result.not_safe |= {step_name(step): str(error) for step in side.paths.steps()}
-        return result
+        except _NOT_SAFE as error:
+            log.warning("the checkpoints of %s stay where they are: %s", side.paths.run, error)
+            names = [step_name(step) for step in side.paths.steps()]
+            result.failed |= dict.fromkeys(names or [f"run {side.paths.run}"], error)
 
-    def _sync_checkpoints(
-        self, side: RunSync, lease: Lease | None, keep_last: int | None, keep_every: int, fetch: bool, result: Synced
-    ) -> None:
-        if fetch:
-            result.fetched = side.fetch_checkpoint("auto")
-        newest = max(side.published_steps(), default=-1)
-        if newest > max(side.paths.steps(), default=-1):
+    def _publish_newer(self, side: RunSync, lease: Lease | None, result: Synced) -> None:
+        newest, here = max(side.published_steps(), default=-1), side.paths.steps()
+        if newest > max(here, default=-1):
             log.warning("%s is in the bucket, and newer than all that is here: nothing is published", step_name(newest))
-            result.behind = True
+            result.behind = newest
             return
-        later = [step for step in side.paths.steps() if step > newest]
+        later = [step for step in here if step > newest]
         if later and lease is not None:
             lease.began(max(newest, 0))
         for step in later:
@@ -223,15 +272,6 @@ class CloudSync:
         for path in (side.paths.best, side.paths.final):
             if path.exists():
                 self._try(path.name, lambda path=path: side.publish_file(path), result)  # type: ignore[misc]
-        if keep_last is not None and result.published:
-            self._try("pruning", lambda: side.prune(keep_last, max(result.published), keep_every), result)
-
-    def push_run(self, run: str) -> Synced:
-        """Publish what is only in the work directory, logs too, unless the bucket has a newer checkpoint."""
-        result = self.sync_checkpoints(run, fetch=False)
-        if not result.not_safe and not result.behind:
-            self._try("logs", self.run(run).publish_logs, result)
-        return result
 
     def sync_logs(self, run: str) -> bool:
         """Upload what is new in the run's logs; whether all of it is in the bucket now."""
@@ -240,9 +280,9 @@ class CloudSync:
     def _try(self, name: str, work: Callable[[], object], result: Synced) -> bool:
         try:
             work()
-        except (StorageError, InputError, RunHeldError, OSError) as error:
+        except _NOT_SAFE as error:
             log.warning("%s is not in the bucket, kept locally: %s", name, error)
-            result.not_safe[name] = str(error)
+            result.failed[name] = error
             return False
         return True
 
@@ -265,14 +305,17 @@ class CloudSync:
     def close(self, seconds: float | None = None, tick: Callable[[], None] = lambda: None) -> dict[str, str]:
         """Finish the queued uploads within `seconds` (cloud.close_seconds), give everything back; what is not safe.
 
-        `tick` is called about once a second meanwhile, and may raise to end the waiting.
+        A little of the time is kept for letting others have the run. `tick` is called about once a second meanwhile,
+        and may raise to end the waiting.
         """
         if self._background is None:
             self._give_back()
             return {}
         background, self._background = self._background, None
+        seconds = self._close_seconds if seconds is None else seconds
+        release = min(_RELEASE_SECONDS, seconds / 4) if self._leases else 0.0
         try:
-            return background.close(self._close_seconds if seconds is None else seconds, tick)
+            return background.close(seconds - release, tick)
         finally:
             # one that hangs in the network would only be waited for again; what it may still send, it sends as holder
             if background.stuck:

@@ -2,16 +2,19 @@
 
 import logging
 import shlex
-import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
 from wmtp_worker.assets.fetch import fetch
 from wmtp_worker.checkpoint.manifest import NewerFormatError, parse_manifest
 from wmtp_worker.errors import (
+    AccessDenied,
+    BucketNotFound,
     CheckpointError,
+    DiskFullError,
     ExhaustedError,
     IntegrityError,
     NotSafeError,
@@ -24,14 +27,9 @@ from wmtp_worker.storage.cloud import CloudSync, Terms, is_here
 from wmtp_worker.storage.layout import RunPaths, parse_step, step_name
 from wmtp_worker.storage.lease import Lease
 from wmtp_worker.storage.runs import RunSync
+from wmtp_worker.training.errands import Errands, GivenUpError
 
 log = logging.getLogger(__name__)
-
-_GRACE_SECONDS = 3.0
-
-
-class _GivenUpError(StorageError):
-    """Raised in one fetch because of the error of another."""
 
 
 class RunBucket:
@@ -55,7 +53,8 @@ class RunBucket:
         self._tick = tick
         local = is_here(settings.cloud, paths.workdir)
         terms = Terms.of(settings.checkpoint)
-        self._sync = None if local else CloudSync(settings.cloud, paths.workdir, self._poll, terms)
+        self._errands = Errands(check, tick)
+        self._sync = None if local else CloudSync(settings.cloud, paths.workdir, self._errands.poll, terms)
         self._side = None if self._sync is None else self._sync.run(paths.run)
         self.url = None if self._side is None else f"{self._side.store.url}/{self._side.keys.prefix}"
         self._may_publish = False  # whether the lease is ours, or there is to be none
@@ -65,9 +64,10 @@ class RunBucket:
         # whether the bucket told what it has of this run: if not, nothing there is replaced
         self._seen = False
         self._began_at = 0
-        self._fetches: dict[str, threading.Thread] = {}
-        self._errors: list[BaseException] = []
+        self._begun = False  # whether the bucket knows where this run goes on: before that nothing is published
+        self._finished = False
         self._saved = self._published = 0
+        self.uploading = False  # whether a checkpoint is being sent just now
         self._facts: Mapping[str, Any] = {}
         # called in the uploads' thread with a step that was published and the seconds that took
         self.on_published: Callable[[int, float], object] = lambda step, seconds: None
@@ -78,12 +78,20 @@ class RunBucket:
 
     def _hold(self, sync: CloudSync, side: RunSync) -> None:
         """Take the lease, unless it is ours: from now on nobody else publishes this run."""
+
+        def taken() -> None:
+            with suppress(StorageError):
+                self.last_heartbeat = side.read_heartbeat()
+
         if not self._may_publish:
-            self._lease = sync.hold(side, self._status)
+            self._lease = sync.hold(side, self._status, taken)
             self._may_publish = True
 
     def check(self) -> None:
-        """Raises `RunHeldError` (79) once another worker has this run. Asks the bucket nothing: to be polled."""
+        """Raises `RunHeldError` (79) once another worker has this run, and what could not be fetched, as soon as that
+        is known. Asks the bucket nothing: to be polled.
+        """
+        self._errands.raise_error()
         if self._held is not None:
             raise RunHeldError(self._held.what, where=self._held.where, fix=self._held.fix)
         if self._lease is not None:
@@ -110,12 +118,8 @@ class RunBucket:
         where model or data are only in the bucket, and that cannot be reached; and what `wait_for_checkpoint` raises.
         """
         transfer = None if self._sync is None else self._sync.transfer
-        self._began = time.perf_counter()
-        jobs = {"assets": lambda: fetch(self._settings, transfer, self._poll), "checkpoint": self._fetch_checkpoint}
-        for name, job in jobs.items():
-            # daemons: one that hangs in the network does not keep a stopped process alive
-            self._fetches[name] = threading.Thread(target=self._try, args=(job,), name=f"fetch-{name}", daemon=True)
-            self._fetches[name].start()
+        self._errands.start("checkpoint", self._fetch_checkpoint)
+        self._errands.start("assets", lambda: fetch(self._settings, transfer, self._errands.poll))
         self._wait_for("assets")
 
     def wait_for_checkpoint(self) -> None:
@@ -125,56 +129,35 @@ class RunBucket:
         `ExhaustedError` where the wanted step is only in the bucket.
         """
         self._wait_for("checkpoint")
-        if self._side is not None:
-            log.info("the bucket is %s, looked through in %.1f s", self.url, time.perf_counter() - self._began)
 
-    def _try(self, job: Callable[[], object]) -> None:
+    def _wait_for(self, errand: str) -> None:
         try:
-            job()
-        except BaseException as error:
-            self._errors.append(error)
-
-    def _wait_for(self, name: str) -> None:
-        """Until a fetch has ended. The first error of any, or of `check`, ends the others and is raised."""
-        try:
-            while self._fetches[name].is_alive() and not self._errors:
-                self._fetches[name].join(0.2)
-                self._tick()
-                self._check()
-            if self._errors:
-                raise next((error for error in self._errors if not isinstance(error, _GivenUpError)), self._errors[0])
-        except BaseException as error:
-            self._errors.append(error)  # so that the others give up
+            self._errands.wait_for(errand)
+        except BaseException:
             self._leave()
             raise
 
     def _leave(self) -> None:
-        """Wait a little for what is still being fetched; what hangs keeps the bucket, and is left behind."""
-        for thread in self._fetches.values():
-            thread.join(_GRACE_SECONDS)
-        if any(thread.is_alive() for thread in self._fetches.values()):
+        """End what is still being done; what hangs keeps the bucket, and is left behind."""
+        if not self._errands.end():
             self._sync = None
-
-    def _poll(self) -> None:
-        self._check()
-        if self._errors:
-            raise _GivenUpError("given up, because something else could not be fetched")
 
     def _fetch_checkpoint(self) -> None:
         if self._sync is None or self._side is None:
             return
-        resume = self._settings.run.resume
+        resume, started = self._settings.run.resume, time.perf_counter()
         try:
-            self.last_heartbeat = self._side.read_heartbeat()
             # before the choice: what others publish after it does not count
             self._hold(self._sync, self._side)
             step = self._side.fetch_checkpoint(resume, self._accept)
+            self._side.drop_beginnings()
         except ExhaustedError as error:
             if isinstance(resume, int) and resume not in self._paths.steps():
                 raise
             log.warning("the bucket cannot be reached, going on with what is here: %s", error)
             return
         self._seen = True
+        log.info("the bucket is %s, looked through in %.1f s", self.url, time.perf_counter() - started)
         if step is not None:
             self._published = step
             log.info("fetched %s from the bucket", step_name(step))
@@ -190,7 +173,7 @@ class RunBucket:
 
     def fetch_weights(self, weights: str) -> None:
         """Bring `final`, `best` or a step's checkpoint, the tokenizer and the data, as far as they are not here."""
-        fetch(self._settings, None if self._sync is None else self._sync.transfer, self._poll)
+        fetch(self._settings, None if self._sync is None else self._sync.transfer, self._errands.poll)
         if self._side is None:
             return
         if weights.isdecimal():
@@ -198,24 +181,48 @@ class RunBucket:
         elif (path := {"final": self._paths.final, "best": self._paths.best}.get(weights)) and not path.exists():
             self._side.fetch_file(path)
 
+    def check_fresh_start(self) -> None:
+        """To be asked before a run begins at step 0 though it was to go on from its newest checkpoint.
+
+        Raises `CheckpointError` where the bucket has checkpoints that look whole: they would not count any more.
+        """
+        if self._side is None or not self._seen:
+            return
+        try:
+            steps = self._side.whole_steps()
+        except ExhaustedError as error:
+            log.warning("the bucket cannot be reached, nothing there is replaced: %s", error)
+            self._seen = False
+            return
+        if steps:
+            raise CheckpointError(
+                f"no checkpoint could be restored, though {', '.join(map(step_name, steps))} in the bucket look whole",
+                where=self.url,
+                fix="the lines above say what is wrong with each; --resume never begins anew on purpose, and sets "
+                "them aside",
+            )
+
     def restored(self, step: int) -> None:
         """Say where the run goes on: later steps in the bucket are set aside where the user chose an earlier one.
 
-        Raises `RunHeldError`.
+        Raises `RunHeldError`, `AccessDenied`, `BucketNotFound`, and what `check` raises.
         """
         self._began_at = step
         if self._sync is None or self._side is None:
             return
-        sync, side, queue = self._sync, self._side, self._sync.background
-        if self._seen:
+        sync, side = self._sync, self._side
+
+        def begin() -> None:
             try:
-                if self._settings.run.resume != "auto" and (aside := side.set_aside_after(step)):
-                    log.info("set aside %s in the bucket", ", ".join(map(step_name, aside)))
-                if self._lease is not None:
-                    self._lease.began(step)
-            except StorageError as error:
-                self._seen = False
-                log.warning("the bucket could not be told where this run goes on: %s", error)
+                self._begin(side)
+            except (AccessDenied, BucketNotFound, GivenUpError):
+                raise
+            except (StorageError, DiskFullError) as error:
+                log.warning("the bucket is told later where this run goes on, before anything is published: %s", error)
+
+        if self._seen:
+            self._errands.start("begin", begin)
+            self._wait_for("begin")
         if step in self._paths.steps():
             self.saved(step)
 
@@ -223,7 +230,19 @@ class RunBucket:
             self._look(sync, side)
             side.sweep()
 
-        queue.submit("sweep", "sweeping of the bucket", sweep, optional=True)
+        # the first use of the queue: from here on a stop does not stop what is sent
+        sync.background.submit("sweep", "sweeping of the bucket", sweep, optional=True)
+
+    def _begin(self, side: RunSync) -> None:
+        """Tell the bucket where this run goes on, and move away what a user's choice has left behind."""
+        if self._begun:
+            return
+        if self._settings.run.resume != "auto":
+            if aside := side.set_aside_after(self._began_at):
+                log.info("set aside %s in the bucket", ", ".join(map(step_name, aside)))
+        elif self._lease is not None:
+            self._lease.began(self._began_at)
+        self._begun = True
 
     # --- while it trains -------------------------------------------------------------------------------------
 
@@ -239,7 +258,11 @@ class RunBucket:
             self._look(sync, side)
             side.publish_logs()
             started = time.monotonic()
-            sent = side.publish(step)
+            self.uploading = True
+            try:
+                sent = side.publish(step)
+            finally:
+                self.uploading = False
             self._published = step
             if sent:
                 self.on_published(step, time.monotonic() - started)
@@ -263,7 +286,9 @@ class RunBucket:
             for path in (self._paths.best, self._paths.final):
                 if path.exists():
                     side.publish_file(path)
+            side.catalogue.ensure(fresh=True)  # then all of it was sent by the holder
 
+        self._finished = True
         sync.background.submit("final", self._paths.final.name, publish)
 
     def _look(self, sync: CloudSync, side: RunSync) -> None:
@@ -283,14 +308,14 @@ class RunBucket:
             self._refused = PreconditionFailed(
                 f"the bucket could not be read when this run began at step {began}, and has {step_name(newest)}",
                 where=self.url,
-                fix="nothing there is replaced: start again to go on from that, or with another --run-name",
+                fix="nothing there is replaced: --resume auto goes on from that, --resume with the newest step of the "
+                "work directory sets it aside; or use another --run-name",
             )
             if self._lease is not None:
                 sync.let_go(self._lease)
             raise self._refused
         self._seen = True
-        if self._lease is not None:
-            self._lease.began(began)
+        self._begin(side)
 
     @property
     def unpublished(self) -> frozenset[int]:
@@ -321,16 +346,17 @@ class RunBucket:
         )
 
     def close(self, *, heed_stop: bool = False, seconds: float | None = None) -> dict[str, str]:
-        """Finish the uploads, for at most `seconds`, or cloud.close_seconds; name and reason of what is not safe.
+        """Send the logs, finish the uploads, for at most `seconds`, or cloud.close_seconds; what is not safe, and why.
 
         Then the lease is released. With `heed_stop` what `check` raises ends the waiting and is raised.
         """
-        if any(thread.is_alive() for thread in self._fetches.values()):
-            self._errors.append(_GivenUpError("given up, because the run ends"))
-            self._leave()
-        if self._sync is None:
+        self._leave()
+        if self._sync is None or self._side is None:
             return {}
         sync, self._sync = self._sync, None
+        if self._begun and not self._finished and (self._lease is None or not self._lease.lost):
+            # how it ended, even where there is nothing else to send
+            sync.background.submit("logs", "logs", self._side.publish_logs, optional=True)
 
         def tick() -> None:
             self._tick()
