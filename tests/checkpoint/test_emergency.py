@@ -44,6 +44,10 @@ def plan(seconds_left, **changes):
         (54.5, {"queued_bytes": 500 * MB}, "full", 54.5, True),
         (54.4, {"queued_bytes": 500 * MB}, "trainable", 32, True),
         (31.9, {"queued_bytes": 500 * MB}, "skip", 0, False),  # what is on its way is not slowed down
+        # 400 MB of an earlier save are written first, 2 s: full 2 + 1.5 * 27 = 42.5, trainable 2 + 1.5 * 12 = 20
+        (42.5, {"unwritten_bytes": 400 * MB}, "full", 42.5, True),
+        (42.4, {"unwritten_bytes": 400 * MB}, "trainable", 20, True),
+        (12.4, {"unwritten_bytes": 400 * MB, "must_upload": False}, "trainable", 8, False),  # full: 2 + 1.5 * 7
         # a signal: the disk stays, as far as anybody knows
         (39.5, {"must_upload": False}, "full", 9.5, True),
         (39.4, {"must_upload": False}, "full", 9.5, False),

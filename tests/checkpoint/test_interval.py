@@ -122,6 +122,13 @@ def test_what_earlier_processes_know_is_used_from_the_first_step_on():
     assert trained(policy, 1000, 600, 1.0)[0] == 1000 + FIRST
 
 
+def test_a_run_that_never_came_to_its_first_save_saves_early():
+    # killed every four minutes, it would never get on with a first save after five
+    policy = IntervalPolicy("auto", history=History(unannounced=3, days=0.01))
+    assert trained(policy, 0, 240, 1.0)[0] == SHORTEST
+    assert trained(IntervalPolicy("auto", history=History(unannounced=0)), 0, 400, 1.0)[0] == FIRST
+
+
 def test_a_configured_rate_is_taken_at_its_word():
     policy = IntervalPolicy("auto", per_day=8.0, history=History(unannounced=99, days=1.0, cost=0.5))
     assert policy.per_day == 8.0

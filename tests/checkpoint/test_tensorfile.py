@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from wmtp_worker.checkpoint.staging import Buffers, Content, Copies
-from wmtp_worker.checkpoint.tensorfile import LiveFile, digest_of, write_file
+from wmtp_worker.checkpoint.tensorfile import LiveFile, digest_of, read_file, write_file
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int8, torch.bool, torch.uint8)
 
@@ -79,6 +79,73 @@ def test_buffers_are_kept_where_the_layout_is_the_same():
     buffers.lay_out({"a": Content({"x": torch.ones(3, dtype=torch.int32)})})
     assert set(buffers.files) == {"a"}
     assert buffers.files["a"] is not first
+
+
+def test_what_was_written_is_read_and_hashed_in_one_pass(tmp_path):
+    tensors, sizes = some_tensors() | {"large": torch.arange(5 << 20)}, []
+    entry = write_file(tmp_path / "f", LiveFile(tensors, {"pieces": "{}"}), lambda size: None)
+    found, loaded = read_file(tmp_path / "f", sizes.append)
+    assert found == entry
+    assert sum(sizes) == entry.size
+    assert loaded.keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert (loaded[name].dtype, loaded[name].shape) == (value.dtype, value.shape)
+        assert torch.equal(loaded[name], value)
+        # as what torch makes itself: the last bits of a matrix product may depend on it
+        assert loaded[name].data_ptr() % 64 == 0
+    assert len({value.untyped_storage().data_ptr() for value in loaded.values() if value.numel()}) == len(tensors) - 1
+
+
+def test_a_file_of_the_stock_library_is_read(tmp_path):
+    tensors = {"b": torch.rand(3, 4), "a": torch.ones(7, dtype=torch.bfloat16)}
+    (tmp_path / "f").write_bytes(save(tensors))
+    assert all(
+        torch.equal(value, tensors[name]) for name, value in read_file(tmp_path / "f", lambda size: None)[1].items()
+    )
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: data[:5],
+        lambda data: data[:40],
+        lambda data: data[:-1],
+        lambda data: data + b"x",
+        lambda data: b"\xff" * 8 + data[8:],
+        lambda data: data.replace(b'"F32"', b'"F99"'),
+        lambda data: data.replace(b'"F32"', b'"F64"'),
+        lambda data: data.replace(b"[3,4]", b"[9,9]"),
+        lambda data: data.replace(b"[3,4]", b"[-3]"),
+        lambda data: data.replace(b"[3,4]", b"[[]]"),
+        lambda data: data.replace(b"[0,48]", b"[8,56]"),
+        lambda data: data.replace(b'{"dtype"', b'["dtype"'),
+    ],
+)
+def test_what_is_no_such_file_is_hashed_only(tmp_path, damage):
+    data = damage(save({"b": torch.rand(3, 4)}))
+    (tmp_path / "f").write_bytes(data)
+    entry, tensors = read_file(tmp_path / "f", lambda size: None)
+    assert tensors is None
+    assert (entry.size, entry.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+
+
+def test_a_damaged_tensor_has_another_digest(tmp_path):
+    entry = write_file(tmp_path / "f", LiveFile({"b": torch.zeros(3, 4)}), lambda size: None)
+    data = bytearray((tmp_path / "f").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "f").write_bytes(data)
+    assert read_file(tmp_path / "f", lambda size: None)[0].sha256 != entry.sha256
+
+
+def test_the_reading_may_be_ended(tmp_path):
+    write_file(tmp_path / "f", LiveFile(some_tensors()), lambda size: None)
+
+    def heed(size):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        read_file(tmp_path / "f", heed)
 
 
 def test_an_error_between_blocks_ends_the_writing(tmp_path):

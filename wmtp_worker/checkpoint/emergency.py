@@ -86,21 +86,24 @@ def choose(
     seconds_left: float | None,
     uploads: bool,
     must_upload: bool,
+    unwritten_bytes: int = 0,
     queued_bytes: int = 0,
 ) -> Plan:
     """Decide what to save at `step`, when `saved_step` is the newest that is saved, or being saved, already.
 
     Sizes are in bytes, rates in bytes per second (None: assumed as above); `seconds_left` until the process may be
     ended (None: not known). `uploads`: whether there is a bucket. `must_upload`: whether the machine goes with its
-    disk, so that only what is in the bucket counts. `queued_bytes` are on their way to the bucket first.
+    disk, so that only what is in the bucket counts. `unwritten_bytes` of an earlier save are written first,
+    `queued_bytes` uploaded first.
 
-    A write takes size/rate, an upload (queue + size)/rate; what is needed is FIXED_SECONDS + MARGIN times their sum.
+    A write takes (unwritten + size)/rate, an upload (queue + size)/rate; what is needed is FIXED_SECONDS + MARGIN times
+    their sum.
     """
     if step <= saved_step:
         return Plan("skip", 0.0, f"step {step} is saved already", uploads)
 
     def needs(size: int, upload: bool) -> float:
-        seconds = size / (write_rate or ASSUMED_WRITE)
+        seconds = (unwritten_bytes + size) / (write_rate or ASSUMED_WRITE)
         if upload:
             seconds += (queued_bytes + size) / (upload_rate or ASSUMED_UPLOAD)
         return FIXED_SECONDS + MARGIN * seconds

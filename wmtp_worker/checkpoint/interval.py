@@ -29,7 +29,8 @@ from typing import Literal
 log = logging.getLogger(__name__)
 
 DAY = 86_400.0
-FIRST = 300.0  # seconds to the first save of a process: only a save tells what saves cost
+# seconds to the first save of a process: only a save tells what saves cost. Not where a process was lost before any
+FIRST = 300.0
 SHORTEST = 30.0  # any restart takes longer than such an interval would save
 LONGEST = 3600.0
 # What is assumed before anything is observed, as if that many interruptions had been seen in so many days: right for
@@ -251,8 +252,10 @@ class IntervalPolicy:
             choice = choose(cost, self.carry or 0.0, self.per_day, step_seconds)
             if self._saves or choice.seconds <= FIRST:
                 return choice
-        why = "the first save tells what saves cost"
-        return Choice(FIRST, max(1, round(FIRST / step_seconds)), step_seconds, why)
+        first, why = FIRST, "the first save tells what saves cost"
+        if cost is None and self._history.unannounced:
+            first, why = SHORTEST, "no process of this run has come to its first save yet"
+        return Choice(first, max(1, round(first / step_seconds)), step_seconds, why)
 
 
 class _Average:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -10,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from wmtp_worker.errors import CheckpointError, InputError, IntegrityError
 from wmtp_worker.storage.atomic import write_text
 from wmtp_worker.storage.layout import MANIFEST, step_name
-from wmtp_worker.storage.seal import FileEntry, check_each
+from wmtp_worker.storage.seal import FileEntry, check_each, file_entry
 
 FORMAT_VERSION = 1
 SHARED = "shared"
@@ -97,10 +98,10 @@ def shared_path(folder: Path, entry: FileEntry) -> Path:
     return folder.parent / SHARED / f"{entry.sha256}{SHARED_SUFFIX}"
 
 
-def verify(folder: Path, rank: int = 0, world: int = 1) -> Manifest:
+def verify(folder: Path, rank: int = 0, world: int = 1, entry_of: Callable[[Path], FileEntry] = file_entry) -> Manifest:
     """The manifest, after every file's size and SHA-256 were found right. Raises `CheckpointError` at the first not.
 
-    Of `world` ranks that verify together, each reads its share of the files.
+    Of `world` ranks that verify together, each reads its share of the files. `entry_of` reads one; see `check_each`.
     """
     manifest = read_manifest(folder)
     files = [(folder, name, entry) for name, entry in manifest.files.items()]
@@ -109,7 +110,7 @@ def verify(folder: Path, rank: int = 0, world: int = 1) -> Manifest:
     # the largest first, so that the two that are read at once end together
     files.sort(key=lambda file: -file[2].size)
     try:
-        check_each(files[rank::world])
+        check_each(files[rank::world], entry_of)
     except (IntegrityError, InputError) as error:
         raise CheckpointError(error.what, where=str(folder)) from None
     return manifest

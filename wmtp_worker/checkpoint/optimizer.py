@@ -34,7 +34,7 @@ def expected_tensors(names: Mapping[torch.Tensor, str]) -> dict[str, torch.Tenso
 def load_optimizer(
     optimizer: torch.optim.Optimizer, names: Mapping[torch.Tensor, str], saved: Mapping[str, torch.Tensor], where: str
 ) -> None:
-    """Put `optimizer_tensors`' result back, on the devices of the parameters it belongs to.
+    """Put `optimizer_tensors`' result back, on the devices of the parameters it belongs to, and take it over.
 
     Raises `CheckpointError` naming the first tensor that does not fit: AdamW would start a missing moment anew without
     a word, and its fused kernel write past the end of a short one.
@@ -45,7 +45,7 @@ def load_optimizer(
     for parameter, name in trained.items():
         for key in (_SCALAR, *_MOMENTS):
             # the step counter's device is the optimizer's choice: fused ones want it beside the parameter
-            optimizer.state[parameter][key] = saved[f"{key}/{name}"].clone().to(parameter.device)
+            optimizer.state[parameter][key] = saved[f"{key}/{name}"].to(parameter.device)
 
 
 def read_optimizer(

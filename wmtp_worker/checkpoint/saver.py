@@ -9,76 +9,52 @@
     optimizer.step()
 
 Two threads work for it. The copier copies the tensors into host memory while forward and backward go on. The writer,
-at a low priority, hashes and writes what was copied. One save is being written and one may wait; a newer one takes
-the place of the one that waits. Where no copy fits into memory, or with `background=False`, `save` itself writes, by
-the same code.
+at the lowest priority, hashes and writes what was copied. With two buffers one save is being written and one may
+wait; a newer one takes the place of the one that waits. Where no copy fits into memory, or with `background=False`,
+`save` itself writes, by the same code.
+
+`export` is the same for the weights of `best_model.pt`. No save that was begun after it is on the disk before it, so
+what a checkpoint says of the best model is never ahead of the file.
 """
 
 import logging
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, TypeVar
 
 from wmtp_worker.checkpoint import store
+from wmtp_worker.checkpoint.export import save_weights
+from wmtp_worker.checkpoint.jobs import WEIGHTS, Cost, ExportJob, Job, SaveJob
+from wmtp_worker.checkpoint.lowly import Undisturbed, step_back
+from wmtp_worker.checkpoint.queue import Queue
 from wmtp_worker.checkpoint.ranks import ALONE, Ranks
 from wmtp_worker.checkpoint.shared import SharedTensors
 from wmtp_worker.checkpoint.snapshot import Kind, Snapshot
-from wmtp_worker.checkpoint.staging import Buffers, Content, Copies, affordable, nbytes
+from wmtp_worker.checkpoint.staging import Buffers, Content, affordable, nbytes
 from wmtp_worker.checkpoint.tensorfile import Tensors
 from wmtp_worker.errors import DiskFullError
-from wmtp_worker.storage.layout import RunPaths, step_name
+from wmtp_worker.storage.layout import RunPaths
 
 log = logging.getLogger(__name__)
 
-# by the scheduler's weights 3 % of a core that the training wants too; at 19, 1.5 %, it would take twice as long there
-_NICE = 15
-_TICK_SECONDS = 1.0
-
-
-@dataclass
-class Cost:
-    """What one save cost, in seconds: `pause` of the training's thread, and behind it the copy and the writing."""
-
-    step: int
-    bytes: int = 0
-    pause: float = 0.0
-    copy: float = 0.0
-    write: float = 0.0
-
-
-@dataclass(eq=False)
-class _Save:
-    snapshot: Snapshot
-    contents: Mapping[str, Content] = field(default_factory=dict)
-    copies: Copies = field(default_factory=Copies)
-    buffers: Buffers | None = None
-    done: int = 0  # bytes
-
-    def __post_init__(self) -> None:
-        self.cost = Cost(self.snapshot.step)
-
-    @property
-    def name(self) -> str:
-        return step_name(self.snapshot.step)
+T = TypeVar("T")
 
 
 class Saver:
     """Writes the checkpoints of one run, in the background if it can.
 
     `written(step, folder)` is called once a checkpoint is on the disk, `make_room()` when the disk is full, both on
-    rank 0 alone and in the writer's thread while nothing is being written, so both may prune. `inspect(tensors by
-    file)` sees the copies before they are written. `tick()` is called about once a second in the caller's thread while
-    it waits; what it raises ends the waiting.
+    rank 0 alone and in the writer's thread while nothing is being written, so both may prune. `inspect(step, tensors
+    by file)` sees the copies before they are written. `tick()` is called about once a second while the caller's thread
+    waits, but only as long as something gets on; what it raises ends the waiting.
 
-    A full disk never ends the training: room is made, it is tried once more, then the save is skipped with a warning
-    and counted in `skipped`. What else the writer raises is raised by the next `save` or `flush`. With several ranks
-    every rank must make the same calls, and the next save waits rather than take the place of one that waits.
+    A full disk never ends the training: room is made, it is tried once more, then the save is skipped with a warning;
+    an export is kept, and tried again after each save. What else the writer raises is raised by the next `save` or
+    `flush`. With several ranks every rank must make the same calls, and the next save waits rather than take the place
+    of one that waits.
     """
 
     def __init__(
@@ -90,118 +66,136 @@ class Saver:
         ranks: Ranks = ALONE,
         written: Callable[[int, Path], object] = lambda step, folder: None,
         make_room: Callable[[], object] = lambda: None,
-        inspect: Callable[[Mapping[str, Tensors]], object] = lambda tensors: None,
+        inspect: Callable[[int, Mapping[str, Tensors]], object] = lambda step, tensors: None,
         tick: Callable[[], object] = lambda: None,
     ) -> None:
         self._paths, self._ranks = paths, ranks
-        self._written, self._make_room, self._inspect, self._tick = written, make_room, inspect, tick
+        self._written, self._make_room, self._inspect = written, make_room, inspect
         self._wanted = buffers if background else 0
-        self._free: list[Buffers] | None = None  # None: not prepared yet
+        self._prepared = False
+        self._free: list[Buffers] = []
+        self._free_for_exports: list[Buffers] = []
         self._shared = SharedTensors()
-        self._changed = threading.Condition()
-        self._asked: _Save | None = None  # to be copied
-        self._copying: _Save | None = None
-        self._staged: list[_Save] = []
-        self._writing: _Save | None = None
-        self._ungated: _Save | None = None
-        self._unstaged: _Save | None = None  # there was no memory for its copy
+        # several ranks could disagree about which save waits
+        self._queue = Queue(replaces=ranks.world == 1, tick=tick)
+        self._ungated: list[Job] = []
+        self._unstaged: list[Job] = []  # there was no memory for a copy
         self._error: BaseException | None = None
-        self._held = False  # the writer begins nothing new
-        self._closing = False
         self._threads: list[threading.Thread] = []
-        self._last: _Save | None = None
-        self.skipped = 0
+        self._last: SaveJob | None = None
 
     # --- for the training --------------------------------------------------------------------------------------
 
-    def prepare(self, tensors: Mapping[str, Tensors]) -> int:
+    def prepare(self, tensors: Mapping[str, Tensors], exported: Tensors | None = None, to_come: int = 0) -> int:
         """Take the host memory for copies of these tensors (meta tensors will do); returns its size in bytes.
 
-        0: each save blocks, because that is wanted, or because memory cannot hold one copy, which is warned about.
+        `exported` are those that `export` will be given. `to_come` bytes of host memory are left for what the training
+        itself will need. 0: each save blocks, because that is wanted, or because memory cannot hold one copy, which is
+        warned about.
         """
         contents = store.contents_of(Snapshot(0, tensors, {}), self._ranks)
-        size = nbytes(contents)
-        count = affordable(size, self._wanted, self._ranks.world) if self._wanted else 0
-        self._free = [Buffers() for _ in range(count)]
+        weights = {WEIGHTS: Content(exported)} if exported else {}
+        size, extra = nbytes(contents), nbytes(weights)
+        count = affordable(size, self._wanted, self._ranks.world, extra, to_come) if self._wanted else 0
+        self._prepared = True
+        self._free[:] = [Buffers() for _ in range(count)]
+        self._free_for_exports[:] = [Buffers() for _ in range(min(count, 1))]
         for buffers in self._free:
             buffers.lay_out(contents)
+        for buffers in self._free_for_exports:
+            buffers.lay_out(weights)
         if count and not self._threads:
             for name, work in (("copies", self._copy_all), ("saves", self._write_all)):
                 self._threads.append(threading.Thread(target=work, name=name, daemon=True))
                 self._threads[-1].start()
-        return count * size
+        return count * size + min(count, 1) * extra
 
-    def save(self, snapshot: Snapshot) -> None:
+    def save(self, snapshot: Snapshot, since: float | None = None) -> None:
         """Begin a save and return. No tensor in it may change before `gate`; the rest is taken by value now.
 
-        Raises what the writer of an earlier save raised.
+        Its pause counts from `since`, on `time.perf_counter`'s clock. Raises what the writer of an earlier save raised.
         """
-        started = time.perf_counter()
-        self.gate()
+        since = time.perf_counter() if since is None else since
+        if any(isinstance(job, SaveJob) for job in self._ungated):
+            self.gate()
         self._raise_error()
-        if self._free is None:
+        if not self._prepared:
             self.prepare(snapshot.tensors)
-        save = _Save(snapshot.by_value())
+        save = SaveJob(snapshot, self._free, since)
+        self._begin(save)
+        if self._threads:
+            save.goes_on()
+
+    def export(self, path: Path, step: int, tensors: Tensors, facts: Mapping[str, Any]) -> None:
+        """Begin to write these weights to `path`, as `save_weights` does, and return. As with `save`, until `gate` no
+        tensor may change, and what the writer of an earlier save raised is raised. A full disk is warned about.
+        """
+        if any(isinstance(job, ExportJob) for job in self._ungated):
+            self.gate()
+        self._raise_error()
+        self._begin(ExportJob(path, step, tensors, facts, self._free_for_exports))
+
+    def _begin(self, job: Job) -> None:
         if not self._threads:
-            self._write_or_skip(save)
-            save.cost.pause += time.perf_counter() - started
+            self._do(job)
             return
-        with self._changed:
-            self._asked = self._ungated = save
-            self._changed.notify_all()
-        save.cost.pause += time.perf_counter() - started
+        self._ungated.append(job)
+        self._queue.ask(job)
 
     def gate(self) -> None:
-        """Wait until every tensor of the last `save` is copied. To be called before anything changes one.
+        """Wait until every tensor of the last `save` and `export` is copied: before anything changes one.
 
         On a CUDA device the copies are only queued before what comes next: the host does not wait for them.
         """
-        if (save := self._ungated) is None:
+        if not self._ungated:
             return
         started = time.perf_counter()
-        self._wait(lambda: save not in (self._asked, self._copying))
-        self._ungated = None
-        save.copies.wait()
-        if self._unstaged is save:
-            self._unstaged = None
-            self._write_or_skip(save)
-        save.cost.pause += time.perf_counter() - started
+        self._queue.wait_for_copies()
+        jobs, self._ungated = self._ungated, []
+        unstaged, self._unstaged = self._unstaged, []
+        if unstaged:  # two that write at once would disturb each other, and the older one might end last
+            self._queue.wait_until_idle()
+        for job in jobs:
+            job.copies.wait()
+            job.since = started
+            if job in unstaged:
+                self._do(job)
+            else:
+                job.goes_on()
 
     def flush(self, seconds: float | None = None) -> bool:
-        """Wait, at most `seconds`, until all saves are on the disk; whether they are. Raises what the writer raised."""
+        """Wait, at most `seconds`, until all is on the disk that fits there; whether it is. Raises what the writer
+        raised.
+        """
         self.gate()
-        idle = self._wait(lambda: not self._staged and self._writing is None, seconds)
+        idle = self._queue.wait_until_idle(seconds)
         self._raise_error()
         return idle
 
     def save_now(self, snapshot: Snapshot, kind: Kind = "full") -> Path:
         """Write a checkpoint in the caller's thread, at its priority, and return its folder: for an emergency.
 
-        The save that is being written is finished first, unless the same step is; one that waits is dropped.
-        `trainable` leaves the optimizer's state out. Raises `DiskFullError` where making room did not help.
+        What is being written, and an export, are finished first (`before_now`), a save that waits is dropped. Where the
+        same step is on the disk by then, that is all. `trainable` leaves the optimizer's state out. Raises
+        `DiskFullError` where making room did not help.
         """
-        self._held = self._ranks.world == 1  # several ranks would not hold at the same save
+        since = time.perf_counter()
+        if self._ranks.world == 1:  # several would not hold at the same save
+            forgotten = self._queue.hold()  # what replaces it is read from the tensors themselves
+            self._ungated = [job for job in self._ungated if job not in forgotten]
         try:
-            if self._held:
-                with self._changed:
-                    if self._asked is not None:  # not begun: what replaces it is read from the tensors themselves
-                        self._asked = self._ungated = None
             self.gate()
-            self._wait(lambda: self._writing is None and (self._held or not self._staged))
+            self._queue.wait_until_idle()
             self._raise_error()
-            with self._changed:
-                for save in self._staged:
-                    self._drop(save, snapshot.step)
-                self._staged.clear()
+            self._queue.drop_saves(snapshot.step)
             folder = self._paths.step(snapshot.step)
-            if (last := self._last) and (last.snapshot.step, last.snapshot.kind) == (snapshot.step, "full"):
+            if (last := self._last) and (last.step, last.cost.kind) == (snapshot.step, "full"):
                 return folder
-            self._write(_Save((snapshot if kind == "full" else snapshot.trainable_only()).by_value()))
+            save = SaveJob(snapshot if kind == "full" else snapshot.trainable_only(), self._free, since)
+            self._tell(save, self._write(save))
             return folder
         finally:
-            with self._changed:
-                self._held = False
-                self._changed.notify_all()
+            self._queue.release()
 
     def close(self) -> None:
         """Finish what is being saved, and join the threads. Errors are logged, not raised."""
@@ -210,13 +204,12 @@ class Saver:
         except Exception as error:
             log.warning("the last save failed: %s", error)
         finally:
-            with self._changed:
-                self._closing = True
-                self._changed.notify_all()
+            self._queue.close()
             for thread in self._threads:
                 thread.join()
             self._threads.clear()
-            self._free = []
+            self._free.clear()
+            self._free_for_exports.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -228,171 +221,141 @@ class Saver:
 
     @property
     def pending(self) -> frozenset[int]:
-        """Steps that are not on the disk yet."""
-        with self._changed:
-            return frozenset(save.snapshot.step for save in self._unfinished())
+        """Steps whose checkpoints are not on the disk yet."""
+        return frozenset(save.step for save in self._queue.saves)
 
     @property
-    def remaining(self) -> int:
-        """Bytes of them that are still to be written."""
-        with self._changed:
-            return sum(save.cost.bytes - save.done for save in self._unfinished())
+    def writing(self) -> int | None:
+        """The step whose checkpoint is being written."""
+        job = self._queue.writing
+        return job.step if isinstance(job, SaveJob) else None
+
+    @property
+    def before_now(self) -> int:
+        """Bytes that are still to be written before `save_now` can begin."""
+        return self._queue.before_now
 
     @property
     def last(self) -> Cost | None:
         """The cost of the newest save that is on the disk."""
         return None if self._last is None else self._last.cost
 
-    # --- the copier --------------------------------------------------------------------------------------------
+    # --- behind the training -----------------------------------------------------------------------------------
 
     def _copy_all(self) -> None:
-        while (save := self._next_to_copy()) is not None:
-            started = time.perf_counter()
-            assert save.buffers is not None
+        while (job := self._queue.next_to_copy()) is not None:
+            started, whole = time.perf_counter(), False
             try:
-                self._look_at(save)
-                save.buffers.lay_out(save.contents)
-                save.buffers.fill(save.contents, save.copies)
-                save.cost.copy = time.perf_counter() - started
-                staged = True
+                assert job.buffers is not None
+                job.look(self._ranks)
+                job.buffers.lay_out(job.contents)
+                job.buffers.fill(job.contents, job.copies)
+                whole = True
             except (RuntimeError, MemoryError) as error:  # torch raises RuntimeError for memory it cannot have
-                log.warning("no copy of %s can be made, the training waits for it: %s", save.name, error)
-                staged = False
-            with self._changed:
-                if staged:
-                    self._staged.append(save)
-                else:
-                    self._unstaged = save
-                    self._give_back(save)
-                self._copying = None
-                self._changed.notify_all()
-
-    def _next_to_copy(self) -> _Save | None:
-        """Wait for a save, and for a place to copy it to; None when there is nothing left to do."""
-        with self._changed:
-            while True:
-                if self._asked is not None and (buffers := self._place(self._asked)) is not None:
-                    self._copying, self._asked = self._asked, None
-                    self._copying.buffers = buffers
-                    return self._copying
-                if self._closing:
-                    return None
-                self._changed.wait()
-
-    def _place(self, save: _Save) -> Buffers | None:
-        if not self._free and self._staged and self._ranks.world == 1:
-            self._drop(self._staged.pop(0), save.snapshot.step)
-        return self._free.pop() if self._free else None
-
-    def _drop(self, save: _Save, newer: int) -> None:
-        log.info("%s is not written: %s came first", save.name, step_name(newer))
-        self._give_back(save)
-
-    def _give_back(self, save: _Save) -> None:
-        if save.buffers is not None and self._free is not None:
-            self._free.append(save.buffers)
-        save.buffers = None
-
-    # --- the writer --------------------------------------------------------------------------------------------
-
-    def _write_all(self) -> None:
-        _lower_priority()
-        while (save := self._next_to_write()) is not None:
-            try:
-                save.copies.synchronize()
-                self._write_or_skip(save)
+                log.warning("no copy of %s can be made, the training waits for it: %s", job.name, error)
+                self._unstaged.append(job)
             except BaseException as error:
                 self._error = error
-            with self._changed:
-                self._give_back(save)
-                self._writing = None
-                self._changed.notify_all()
+            if isinstance(job, SaveJob):
+                job.cost.copy = time.perf_counter() - started
+            self._queue.copied(job, whole)
 
-    def _next_to_write(self) -> _Save | None:
-        with self._changed:
-            while True:
-                if self._staged and not self._held:
-                    if self._ranks.world == 1:
-                        while len(self._staged) > 1:
-                            self._drop(self._staged.pop(0), self._staged[-1].snapshot.step)
-                    self._writing = self._staged.pop(0)
-                    return self._writing
-                if self._closing:
-                    return None
-                self._changed.wait()
+    def _write_all(self) -> None:
+        step_back()
+        while (job := self._queue.next_to_write()) is not None:
+            try:
+                job.copies.synchronize()
+                self._do(job)
+            except BaseException as error:
+                self._error = error
+            self._queue.written(job)
 
-    def _write_or_skip(self, save: _Save) -> None:
+    def _do(self, job: Job) -> None:
+        if isinstance(job, ExportJob):
+            self._export(job)
+        elif isinstance(job, SaveJob):
+            try:
+                folder = self._write(job)
+            except DiskFullError as error:
+                log.warning("%s is NOT saved, the training goes on: %s", job.name, error)
+            else:
+                self._tell(job, folder)
+
+    def _export(self, export: ExportJob) -> None:
         try:
-            self._write(save)
+            self._with_room(ALONE, export.name, lambda: self._write_weights(export))
+            export.tried = False
         except DiskFullError as error:
-            self.skipped += 1
-            log.warning("%s is NOT saved, the training goes on: %s", save.name, error)
+            export.tried = True
+            log.warning("%s is NOT saved, the training goes on: %s", export.name, error)
 
-    def _write(self, save: _Save) -> None:
-        """Write one save; once more after room was made. Raises what `store.write` raises."""
-        started = time.perf_counter()
+    def _write_weights(self, export: ExportJob) -> None:
+        inline = export.buffers is None
+        if inline:
+            export.look(self._ranks)
+
+        def heed(size: int) -> None:
+            export.done += size
+            self._queue.moved(tell=inline)
+
+        export.done = 0
+        save_weights(export.path, export.tensors, export.facts, heed)
+
+    def _write(self, save: SaveJob) -> Path:
+        """Write one save; once more after room was made. Raises what `store.write` and `inspect` raise."""
+        started, clock = time.perf_counter(), Undisturbed()
+        if save.buffers is None:
+            save.look(self._ranks)
+        save.cost.bytes = save.bytes
         staged = None if save.buffers is None else save.buffers.files
-        if staged is None:
-            self._look_at(save)
-            self._inspect({name: content.tensors for name, content in save.contents.items()})
-        else:
-            self._inspect({name: file.views for name, file in staged.items()})
+        live = {name: content.tensors for name, content in save.contents.items()}
+        tensors = live if staged is None else {name: file.views for name, file in staged.items()}
 
         def heed(size: int) -> None:
             save.done += size
+            self._queue.moved(tell=staged is None)
 
         def write() -> Path:
+            with self._ranks.together():
+                self._inspect(save.step, tensors)
             save.done = 0
             return store.write(
-                self._paths, save.snapshot, ranks=self._ranks, staged=staged, shared=self._shared, heed=heed
+                self._paths,
+                save.snapshot,
+                ranks=self._ranks,
+                staged=staged,
+                shared=self._shared,
+                heed=heed,
+                files_at_once=1 if staged else 2,
             )
 
+        folder = self._with_room(self._ranks, save.name, write)
+        save.cost.write, save.cost.busy = time.perf_counter() - started, clock.seconds
+        return folder
+
+    def _with_room(self, ranks: Ranks, name: str, work: Callable[[], T]) -> T:
         try:
-            folder = write()
+            return work()
         except DiskFullError as error:
-            log.warning("%s is tried once more after making room: %s", save.name, error)
-            if self._ranks.first:
-                self._make_room()
-            folder = write()
-        save.cost.write = time.perf_counter() - started
+            log.warning("%s is tried once more after making room: %s", name, error)
+            with ranks.together():
+                if ranks.first:
+                    self._make_room()
+            return work()
+
+    def _tell(self, save: SaveJob, folder: Path) -> None:
         self._last = save
-        told = (save.name, save.cost.bytes / 1e6, 1e3 * save.cost.pause, save.cost.copy, save.cost.write)
+        if save.buffers is None:
+            save.goes_on()
+        cost = save.cost
+        told = (save.name, cost.bytes / 1e6, 1e3 * cost.pause, cost.copy, cost.write)
         log.info("saved %s: %.1f MB, paused %.1f ms, copied in %.2f s, written in %.2f s", *told)
-        # the tensors are not needed any more: let go of them
-        save.snapshot, save.contents = replace(save.snapshot, tensors={}, frozen={}), {}
-        if self._ranks.first:
-            self._written(save.snapshot.step, folder)
-
-    def _look_at(self, save: _Save) -> None:
-        # not in `save`: with thousands of tensors this takes milliseconds
-        save.contents = store.contents_of(save.snapshot, self._ranks)
-        every = (value for content in save.contents.values() for value in content.tensors.values())
-        save.cost.bytes = sum(value.nbytes for value in every)
-
-    def _unfinished(self) -> list[_Save]:
-        return [save for save in (self._asked, self._copying, *self._staged, self._writing) if save is not None]
-
-    def _wait(self, ready: Callable[[], bool], seconds: float | None = None) -> bool:
-        end = None if seconds is None else time.monotonic() + seconds
-        while True:
-            left = _TICK_SECONDS if end is None else min(_TICK_SECONDS, end - time.monotonic())
-            with self._changed:
-                if self._changed.wait_for(ready, max(left, 0)):
-                    return True
-            if end is not None and time.monotonic() >= end:
-                return False
-            self._tick()
+        save.let_go()
+        with self._ranks.together():
+            if self._ranks.first:
+                self._written(save.step, folder)
 
     def _raise_error(self) -> None:
         error, self._error = self._error, None
         if error is not None:
             raise error
-
-
-def _lower_priority() -> None:
-    """Let this thread, and those it starts, run when nothing else wants the processor, as far as the system can."""
-    if sys.platform == "linux":  # elsewhere it would be the whole process
-        try:
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
-        except OSError as error:
-            log.debug("the writer's priority stays as it is: %s", error)

@@ -140,21 +140,23 @@ def nbytes(contents: Mapping[str, Content]) -> int:
     return sum(lay_out(content.tensors, content.metadata).nbytes for content in contents.values())
 
 
-def affordable(size: int, wanted: int, processes: int = 1) -> int:
+def affordable(size: int, wanted: int, processes: int = 1, extra: int = 0, to_come: int = 0) -> int:
     """How many sets of `size` bytes, at most `wanted`, host memory can hold; warns where that is fewer.
 
-    `processes` of this machine want the same at once. Where nobody knows how much memory there is, all are affordable.
+    With the first set goes `extra`, and `to_come` will be taken by others. `processes` of this machine want the same
+    at once. Where nobody knows how much memory there is, all are affordable.
     """
     free = memory_available()
     if free is None:
         return wanted
     here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))  # set by torchrun
-    fits = min(wanted, int(free * _LARGEST_SHARE) // max(size * here, 1))
+    free = max(0, free - to_come * here)
+    fits = min(wanted, max(0, int(free * _LARGEST_SHARE) - extra * here) // max(size * here, 1))
     if fits < wanted:
         log.warning(
             "%d copies of %.1f MB do not fit into the %.1f MB of memory that are free: %s",
             wanted * here,
-            size / 1e6,
+            (size + extra / wanted) / 1e6,
             free / 1e6,
             "the training waits for a save where the one before it is not written yet"
             if fits

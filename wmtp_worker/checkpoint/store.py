@@ -67,9 +67,15 @@ def write(
             if ranks.first:
                 building.mkdir(parents=True)
         with ranks.together(), disk_errors(paths.checkpoints):
-            with ThreadPoolExecutor(files_at_once, "files") as pool:
-                written = pool.map(lambda name: write_file(building / name, sources[name], heed), sources)
-                files = dict(zip(sources, written, strict=True))
+
+            def write_one(name: str) -> FileEntry:
+                return write_file(building / name, sources[name], heed)
+
+            if files_at_once == 1:
+                files = {name: write_one(name) for name in sources}
+            else:
+                with ThreadPoolExecutor(files_at_once, "files") as pool:
+                    files = dict(zip(sources, pool.map(write_one, sources), strict=True))
             if content := own_part(snapshot.frozen, ranks):
                 name = file_name(FROZEN, ranks)
                 if content.tensors:

@@ -8,9 +8,11 @@ ourselves because the stock serialiser copies every byte while it holds the GIL,
 
 import hashlib
 import json
+import math
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -18,7 +20,7 @@ from typing import Protocol
 import torch
 from safetensors.torch import _TYPES
 
-from wmtp_worker.storage.seal import FileEntry
+from wmtp_worker.storage.seal import FileEntry, file_entry
 
 # measured: smaller and larger ones are slower, and so is a second thread for the hash of one file
 BLOCK = 8 << 20
@@ -38,8 +40,8 @@ class Layout:
 
 
 def signature(tensors: Tensors, metadata: Mapping[str, str]) -> object:
-    """Equal for two sets of tensors that have the same layout."""
-    return [(name, value.dtype, value.shape) for name, value in tensors.items()], dict(metadata)
+    """Equal for two sets of tensors that have the same layout, in whatever order they are given."""
+    return {name: (value.dtype, value.shape) for name, value in tensors.items()}, dict(metadata)
 
 
 def lay_out(tensors: Tensors, metadata: Mapping[str, str]) -> Layout:
@@ -119,6 +121,85 @@ def write_file(path: Path, source: Source, heed: Callable[[int], object]) -> Fil
     finally:
         os.close(descriptor)
     return FileEntry(size=size, sha256=digest.hexdigest())
+
+
+def read_file(path: Path, heed: Callable[[int], object]) -> tuple[FileEntry, dict[str, torch.Tensor] | None]:
+    """What a manifest says of a file, and its tensors on the CPU, each in memory of its own: in one pass.
+
+    The content is as good as its digest, which the caller compares. None where this is no safetensors file, or none
+    like ours. A second thread hashes what was read. `heed` is called with the size of each block that was read; what it
+    raises ends the reading. Raises `OSError`, and torch's `RuntimeError` where there is no memory.
+    """
+    digest = hashlib.sha256()
+    size = 0
+    hasher = ThreadPoolExecutor(1, "hash")
+    with path.open("rb", buffering=0) as file:
+
+        def take(target: memoryview) -> bool:
+            """Fill it from the file; whether there was as much."""
+            nonlocal size
+            for block in in_blocks(target):
+                filled = 0
+                while filled < len(block) and (count := file.readinto(block[filled:])):
+                    filled += count
+                heed(filled)
+                size += filled
+                hasher.submit(digest.update, block[:filled])  # nobody changes it any more
+                if filled < len(block):
+                    return False
+            return True
+
+        try:
+            tensors = _read_tensors(take, os.fstat(file.fileno()).st_size)
+        except BaseException:
+            hasher.shutdown(wait=False, cancel_futures=True)
+            raise
+    hasher.shutdown()
+    if tensors is None:
+        return file_entry(path, heed), None
+    return FileEntry(size=size, sha256=digest.hexdigest()), tensors
+
+
+def _read_tensors(take: Callable[[memoryview], bool], size: int) -> dict[str, torch.Tensor] | None:
+    head = bytearray(8)
+    if not take(memoryview(head)):
+        return None
+    length = int.from_bytes(head, "little")
+    if length > size - 8:
+        return None
+    text = bytearray(length)
+    if not take(memoryview(text)):
+        return None
+    # nothing is allocated before the header is known to describe exactly the bytes that follow
+    specs = _specs(bytes(text), size - 8 - length)
+    if specs is None:
+        return None
+    tensors = {}
+    for name, dtype, shape in specs:
+        tensors[name] = torch.empty(shape, dtype=dtype)
+        if tensors[name].numel() and not take(_host_bytes(tensors[name])):
+            return None
+    return tensors
+
+
+def _specs(text: bytes, size: int) -> list[tuple[str, torch.dtype, list[int]]] | None:
+    """Name, dtype and shape of each tensor, in the file's order; None unless they fill `size` bytes without gaps."""
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        found = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+        specs, end = [], 0
+        for name, spec in found:
+            dtype, shape = _TYPES[spec["dtype"]], spec["shape"]
+            if dtype is None or not all(isinstance(length, int) and length >= 0 for length in shape):
+                return None
+            begin, end = end, end + math.prod(shape) * dtype.itemsize
+            if spec["data_offsets"] != [begin, end]:
+                return None
+            specs.append((name, dtype, shape))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return specs if end == size else None
 
 
 def digest_of(source: Source) -> FileEntry:

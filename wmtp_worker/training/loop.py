@@ -10,7 +10,6 @@ import torch
 from rich.console import Console
 
 from wmtp_worker.data.packing import IGNORE
-from wmtp_worker.errors import DiskFullError
 from wmtp_worker.tracking.console import StepBar
 from wmtp_worker.training.loss import head_losses_backward, mtp_labels
 from wmtp_worker.training.schedule import learning_rate
@@ -138,10 +137,7 @@ def run_validation(session: Session) -> None:
     stopping = settings.training.early_stopping
     if progress.best_loss is None or result.loss < progress.best_loss - stopping.min_delta:
         progress.best_loss, progress.best_step, progress.without_improvement = result.loss, progress.step, 0
-        try:
-            session.export(best=True)
-        except DiskFullError as error:
-            log.warning("the best model is NOT saved, the training goes on: %s", error)
+        session.export(best=True)
         return
     progress.without_improvement += 1
     if 0 < stopping.patience <= progress.without_improvement and not session.finished:

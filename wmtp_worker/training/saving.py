@@ -5,9 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
-
-import torch
+from typing import Any, Self
 
 from wmtp_worker.checkpoint import store
 from wmtp_worker.checkpoint.emergency import Rates, choose
@@ -16,6 +14,8 @@ from wmtp_worker.checkpoint.ledger import Ledger
 from wmtp_worker.checkpoint.losses import FIRST_STEP, summarise
 from wmtp_worker.checkpoint.saver import Saver
 from wmtp_worker.checkpoint.snapshot import OPTIMIZER, Snapshot
+from wmtp_worker.checkpoint.tensorfile import Tensors
+from wmtp_worker.errors import WorkerError
 from wmtp_worker.host.stop import StopRequest
 from wmtp_worker.settings import Settings
 from wmtp_worker.storage.layout import RunPaths, step_name
@@ -27,8 +27,9 @@ log = logging.getLogger(__name__)
 class Saving:
     """The saves of one process of a run. A context manager: leaving it finishes what is being written.
 
-    `inspect` sees the copied tensors, by file and name, in the writer's thread before they are written, and raises
-    where they must not be; the next `save` or `finish` raises that. A full disk, and a bucket that is away, never do.
+    `inspect` sees a step and its copied tensors, by file and name, in the writer's thread before they are written, and
+    raises where they must not be; the next `save` or `finish` raises that. A full disk, and a bucket that is away,
+    never do.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class Saving:
         bucket: RunBucket,
         ledger: Ledger,
         resumed_from: int | None,
-        inspect: Callable[[Mapping[str, Mapping[str, torch.Tensor]]], None],
+        inspect: Callable[[int, Mapping[str, Tensors]], None],
         tick: Callable[[], None],
     ) -> None:
         self._keep = settings.checkpoint
@@ -52,6 +53,7 @@ class Saving:
         self._begun: dict[int, float] = {}  # step -> when its save began
         self._pause: float | None = None  # of the save that is being copied
         self._waited = 0.0  # at the gate of this step
+        self._wrote = False  # since the last step
         self._full_bytes = self._trainable_bytes = 0
         self.policy = IntervalPolicy(
             self._keep.every, self._keep.interruptions_per_day, summarise(ledger.events).history
@@ -61,18 +63,21 @@ class Saving:
             background=self._keep.background,
             buffers=self._keep.buffers,
             written=self._written,
-            make_room=self._make_room,
+            make_room=self.make_room,
             inspect=inspect,
             tick=tick,
         )
         bucket.on_published = self._published
 
-    def prepare(self, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-        """Take the memory for copies of these tensors (meta tensors will do), and say how much that is."""
+    def prepare(self, tensors: Mapping[str, Tensors], exported: Tensors, to_come: int) -> None:
+        """Take the memory for copies of these tensors (meta tensors will do), and say how much that is.
+
+        `exported` are those of the best model; `to_come` bytes are left for the training.
+        """
         sizes = {name: sum(tensor.nbytes for tensor in file.values()) for name, file in tensors.items()}
         self._full_bytes = sum(sizes.values())
         self._trainable_bytes = self._full_bytes - sizes.get(OPTIMIZER, 0)
-        taken = self._saver.prepare(tensors)
+        taken = self._saver.prepare(tensors, exported, to_come)
         how = f"{taken / 1e6:.1f} MB of memory for copies" if taken else "the training waits for each"
         log.info("a checkpoint has %.1f MB; %s", self._full_bytes / 1e6, how)
 
@@ -82,12 +87,20 @@ class Saving:
         """Whether it is time to save after `step`, when the last save was after `saved_at`."""
         return self.policy.due(step, saved_at)
 
-    def save(self, snapshot: Snapshot) -> None:
-        """Begin a save and return. Nothing in it may change before `gate`."""
-        started = time.perf_counter()
-        self._begun[snapshot.step] = time.monotonic()
-        self._saver.save(snapshot)
+    def save(self, take: Callable[[], Snapshot]) -> None:
+        """Begin a save of the snapshot and return. Nothing in it may change before `gate`."""
+        started, begun = time.perf_counter(), time.monotonic()
+        snapshot = take()
+        self._begun[snapshot.step] = begun
+        self._saver.save(snapshot, since=started)
         self._pause = time.perf_counter() - started
+
+    def export(self, path: Path, step: int, tensors: Tensors, facts: Mapping[str, Any]) -> None:
+        """Begin to write the best model and return. No tensor may change before `gate`.
+
+        It is on the disk before any checkpoint of a save that is begun later.
+        """
+        self._saver.export(path, step, tensors, facts)
 
     def gate(self) -> None:
         """Wait until the last save is copied: to be called before anything changes weights or moments."""
@@ -106,7 +119,9 @@ class Saving:
             self._ledger.phases.done(FIRST_STEP)
             self._ledger.running(self._resumed_from)
         seconds, self._waited = seconds - self._waited, 0.0
-        self.policy.step(seconds, saving=bool(self._saver.pending or self._bucket.unpublished))
+        # one that was written and gone within the step slowed it down, too
+        wrote, self._wrote = self._wrote, False
+        self.policy.step(seconds, saving=wrote or bool(self._saver.pending) or self._bucket.uploading)
 
     # --- at the end ------------------------------------------------------------------------------------------
 
@@ -119,9 +134,9 @@ class Saving:
 
         Raises `DiskFullError`, and what was wrong with an earlier save.
         """
-        self.gate()
-        pending = self._saver.pending
-        on_disk = saved_at in self._paths.steps() or saved_at in pending
+        # what waits to be written is dropped for this save, and not uploaded either
+        uploads = len(self._bucket.unpublished) + (self._saver.writing is not None)
+        on_disk = saved_at in self._paths.steps() or saved_at in self._saver.pending
         plan = choose(
             step=step,
             saved_step=saved_at if on_disk else 0,
@@ -132,7 +147,8 @@ class Saving:
             seconds_left=stop.seconds_left,
             uploads=self._bucket.url is not None,
             must_upload=stop.machine_goes,
-            queued_bytes=self._saver.remaining + len(self._bucket.unpublished) * self._full_bytes,
+            unwritten_bytes=self._saver.before_now,
+            queued_bytes=uploads * self._full_bytes,
         )
         log.info("%s", plan)
         if plan.kind == "skip":
@@ -145,29 +161,36 @@ class Saving:
 
     def _written(self, step: int, folder: Path) -> None:
         """In the writer's thread: the checkpoint is whole on the disk."""
-        self._newest = step
+        self._newest, self._wrote = step, True
         self._bucket.saved(step)
         cost = self._saver.last
         if cost is not None and cost.step == step:
-            self._rates.wrote(cost.bytes, cost.write)
+            self._rates.wrote(cost.bytes, cost.busy)
             self._ledger.save(
                 step,
                 cost.pause,
                 cost=self.policy.cost,
                 carry=self.policy.carry,
                 seconds_per_step=self.policy.step_seconds,
+                kind=cost.kind,
             )
         if self._bucket.url is None:
             self._carried(step)
-        self._prune(step)
+        try:
+            self._prune(step)
+        except WorkerError as error:  # the checkpoint is saved all the same
+            log.warning("old checkpoints are not removed: %s", error)
 
-    def _published(self, step: int, seconds: float) -> None:
-        """In the uploads' thread: the checkpoint is in the bucket, and sending it took so long."""
-        self._rates.uploaded(self._full_bytes, seconds)
+    def _published(self, step: int, seconds: float, sent: int | None = None) -> None:
+        """In the uploads' thread: the checkpoint is in the bucket, for which `sent` bytes took so long."""
+        self._rates.uploaded(self._full_bytes if sent is None else sent, seconds)
         self._carried(step)
 
     def _carried(self, step: int) -> None:
-        if (begun := self._begun.pop(step, None)) is not None:
+        begun = self._begun.get(step)
+        for done in [other for other in list(self._begun) if other <= step]:  # others were dropped, or replaced
+            self._begun.pop(done, None)
+        if begun is not None:
             self.policy.carried(time.monotonic() - begun)
 
     def _prune(self, newest: int) -> None:
@@ -176,7 +199,7 @@ class Saving:
         if removed:
             log.info("removed %s", ", ".join(map(step_name, removed)))
 
-    def _make_room(self) -> None:
+    def make_room(self) -> None:
         """The disk is full: keep only the newest checkpoint, and what the bucket has not got yet."""
         spare = self._bucket.unpublished
         removed = store.prune(self._paths, 1, self._newest, spare, keep_every=self._keep.keep_every)

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ import torch
 from pydantic import Field
 
 import wmtp_worker
-from wmtp_worker.checkpoint.export import save_weights
+from wmtp_worker.checkpoint.export import save_weights, step_of
 from wmtp_worker.checkpoint.ledger import Ledger
 from wmtp_worker.checkpoint.optimizer import expected_tensors, load_optimizer, optimizer_tensors
 from wmtp_worker.checkpoint.restore import Checkpoint
@@ -124,7 +125,12 @@ class Session:
             self.settings, self.paths, self.bucket, ledger, self.resumed_from, self._inspect, self._wait
         )
         trainable, _ = split_frozen(self.model.named_parameters())
-        self.saving.prepare({MODEL: trainable, OPTIMIZER: expected_tensors(self.parameter_names)})
+        moments = expected_tensors(self.parameter_names)
+        to_come = 0
+        if self.device.type == "cpu":  # gradients, and the moments of an optimizer that was not restored
+            state = {} if self.optimizer.state else moments
+            to_come = sum(value.nbytes for value in (*trainable.values(), *state.values()))
+        self.saving.prepare({MODEL: trainable, OPTIMIZER: moments}, tensors(self.model), to_come)
         return self.saving
 
     @property
@@ -167,35 +173,43 @@ class Session:
         Raises what was wrong with an earlier one, as `TrainingDiverged` for weights that are not finite.
         """
         self.heartbeat.beat("save", step=self.progress.step)
-        self.saving.save(self.snapshot())
+        self.saving.save(self.snapshot)
 
     def snapshot(self) -> Snapshot:
         """Everything a checkpoint holds; the tensors are the live ones."""
         self.progress.metrics_size = self.metrics.size
         self.progress.saved_at = self.progress.step
-        shown = {key: redact(value) if isinstance(value, str) else value for key, value in self.settings.flat().items()}
         trainable, frozen = split_frozen(self.model.named_parameters())
         return Snapshot(
             step=self.progress.step,
             tensors={MODEL: trainable, OPTIMIZER: optimizer_tensors(self.optimizer, self.parameter_names)},
             documents={
                 STATE: asdict(State(self.progress, self.threads, self.device.type)),
-                SETTINGS: {"identity": self.identity, "resolved": shown},
-                CONFIG: self.model.config.to_dict(),
+                **self._documents,
             },
-            facts={
-                "settings_digest": self.settings.digest(),
-                "base_model_digest": self.base_model_digest,
-                "worker_version": wmtp_worker.__version__,
-                "torch_version": torch.__version__,
-            },
+            facts=self._facts,
             frozen=frozen,
         )
 
-    def _inspect(self, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    @cached_property
+    def _documents(self) -> dict[str, Any]:
+        """What never changes in a run: built once, because a save stops the training for as long."""
+        shown = {key: redact(value) if isinstance(value, str) else value for key, value in self.settings.flat().items()}
+        return {SETTINGS: {"identity": self.identity, "resolved": shown}, CONFIG: self.model.config.to_dict()}
+
+    @cached_property
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "settings_digest": self.settings.digest(),
+            "base_model_digest": self.base_model_digest,
+            "worker_version": wmtp_worker.__version__,
+            "torch_version": torch.__version__,
+        }
+
+    def _inspect(self, step: int, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         """Behind the loop, before a checkpoint is written: weights must be finite, and the metrics on the disk."""
         if not all(_is_finite(tensor) for tensor in tensors[MODEL].values()):
-            raise self._diverged("the weights are not finite", self.progress.step)
+            raise self._diverged("the weights are not finite", step)
         self.metrics.sync()
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -215,6 +229,7 @@ class Session:
             load_optimizer(self.optimizer, self.parameter_names, checkpoint.tensors(OPTIMIZER), where)
         self.progress = state.progress
         self.resumed_from = self.progress.step
+        self._look_for_best()
         for what, before, now in (
             ("threads", state.threads, self.threads),
             ("device", state.device, self.device.type),
@@ -222,6 +237,14 @@ class Session:
         ):
             if before != now:
                 log.warning("%s was %s, is %s: the numbers may differ in their last bits", what, before, now)
+
+    def _look_for_best(self) -> None:
+        """A best model that is older than the checkpoint says counts as lost: the disk was full when it was written."""
+        there = step_of(self.paths.best)
+        if self.progress.best_loss is not None and (there is None or there < self.progress.best_step):
+            what = "is not there" if there is None else f"is of step {there}"
+            log.warning("%s %s instead of step %d: looking for it anew", self.paths.best, what, self.progress.best_step)
+            self.progress.best_loss, self.progress.without_improvement = None, 0
 
     def _check_settings(self, checkpoint: Checkpoint) -> None:
         saved = checkpoint.document(SETTINGS, dict[str, dict[str, Any]]).get("identity", {})
@@ -258,15 +281,19 @@ class Session:
         )
 
     def export(self, best: bool) -> None:
-        """Write `best_model.pt` or `final.pt`, whole or not at all."""
+        """Write `final.pt`, or begin to write `best_model.pt` as `save` does; whole or not at all."""
+        progress = self.progress
         facts = {
             "format_version": 1,
             "run": self.paths.run,
-            "step": self.progress.step,
-            "validation": self.progress.validation,
-            "config": self.model.config.to_dict(),
+            "step": progress.step,
+            "validation": progress.validation,
+            "config": self._documents[CONFIG],
         }
-        save_weights(self.paths.best if best else self.paths.final, tensors(self.model), facts)
+        if best:
+            self.saving.export(self.paths.best, progress.step, tensors(self.model), facts)
+        else:
+            save_weights(self.paths.final, tensors(self.model), facts)
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
