@@ -35,6 +35,13 @@ def lease_of(cloud: CloudSync) -> LeaseFile:
     return read_lease(cloud.store, cloud.run(RUN).keys.lease).file
 
 
+def take(cloud: CloudSync) -> None:
+    """Be the worker that takes over."""
+    file = lease_of(cloud)
+    taken = LeaseFile(epoch=file.epoch + 1, holder=Holder.this(None), seconds=60, epochs=file.epochs)
+    cloud.store.put(cloud.run(RUN).keys.lease, taken.data())
+
+
 def test_a_second_worker_ends_with_79_before_it_trains(bucket, onlooker, tiny_run, tmp_path):
     onlooker.store.put("made", b"")
     lease = onlooker.hold(onlooker.run(RUN))
@@ -57,9 +64,7 @@ def test_a_worker_whose_run_is_taken_ends_with_79(bucket, onlooker, tiny_run, mo
 
     def eventful(session):
         if session.progress.step == 5:
-            file = lease_of(onlooker)
-            taken = LeaseFile(epoch=file.epoch + 1, holder=Holder.this(None), seconds=60, epochs=file.epochs)
-            onlooker.store.put(onlooker.run(RUN).keys.lease, taken.data())
+            take(onlooker)
             deadline = time.monotonic() + 20
             while time.monotonic() < deadline:
                 session.bucket.check()
@@ -71,6 +76,22 @@ def test_a_worker_whose_run_is_taken_ends_with_79(bucket, onlooker, tiny_run, mo
         tiny_run(tmp_path / "work", *bucket)
     assert onlooker.run(RUN).published_steps() == [3]
     assert lease_of(onlooker).epoch == 2
+
+
+def test_a_worker_whose_run_is_taken_while_its_end_is_published_ends_with_79(
+    bucket, onlooker, tiny_run, monkeypatch, tmp_path
+):
+    from wmtp_worker.training.bucket import RunBucket
+
+    finished = RunBucket.finished
+
+    def too_late(side):
+        take(onlooker)
+        finished(side)
+
+    monkeypatch.setattr(RunBucket, "finished", too_late)
+    with pytest.raises(RunHeldError, match="taken over by"):
+        tiny_run(tmp_path / "work", *bucket, "training.max_steps=1", "training.warmup_steps=0")
 
 
 def test_the_lease_tells_the_runs_history(bucket, onlooker, tiny_run, tmp_path):

@@ -244,15 +244,21 @@ def test_the_lease_is_released_within_the_time_to_close(machine, onlooker):
     begin(bucket)
     queue = bucket._sync.background
 
+    ended = []
+
     def endless():
-        while True:
-            queue.check()
-            time.sleep(0.01)
+        try:
+            while True:
+                queue.check()
+                time.sleep(0.01)
+        finally:
+            ended.append(time.monotonic())
 
     queue.submit("checkpoint", "step_3", endless)
     started = time.monotonic()
-    assert list(bucket.close(seconds=1.0)) == ["step_3"]
-    assert time.monotonic() - started < 1.0
+    assert list(bucket.close(seconds=2.0)) == ["step_3"]
+    assert bucket.unpublished == {3}  # it stays on the disk
+    assert ended[0] - started < 2.0
     assert lease_of(onlooker).released
 
 
@@ -274,6 +280,13 @@ def test_a_best_model_without_its_plain_name_keeps_no_checkpoint_back(machine, o
     publish(machine(), 3)
     assert onlooker.run(RUN).published_steps() == [3]
     assert "not under its plain name" in caplog.text
+
+
+def test_what_was_sent_is_told(machine):
+    bucket, told = machine(), []
+    bucket.on_published = lambda step, seconds, sent: told.append((step, sent))
+    publish(bucket, 3)
+    assert told == [(3, len("weights 3"))]
 
 
 def test_beginnings_of_downloads_go_with_the_run_that_may_remove_them(machine):

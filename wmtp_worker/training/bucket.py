@@ -66,11 +66,12 @@ class RunBucket:
         self._began_at = 0
         self._begun = False  # whether the bucket knows where this run goes on: before that nothing is published
         self._finished = False
+        self._left: Mapping[str, str] = {}  # what was not safe at the end, and why
         self._saved = self._published = 0
         self.uploading = False  # whether a checkpoint is being sent just now
         self._facts: Mapping[str, Any] = {}
-        # called in the uploads' thread with a step that was published and the seconds that took
-        self.on_published: Callable[[int, float], object] = lambda step, seconds: None
+        # called in the uploads' thread with a step that was published, the seconds that took and the bytes really sent
+        self.on_published: Callable[[int, float, int], object] = lambda step, seconds, sent: None
         # what the bucket's heartbeat.json said before this process
         self.last_heartbeat: dict[str, Any] | None = None
 
@@ -264,8 +265,8 @@ class RunBucket:
             finally:
                 self.uploading = False
             self._published = step
-            if sent:
-                self.on_published(step, time.monotonic() - started)
+            if sent is not None:
+                self.on_published(step, time.monotonic() - started, sent)
                 log.info("%s is in the bucket", step_name(step))
             queue.submit("pruning", "pruning of the bucket", prune, optional=True)
 
@@ -319,8 +320,8 @@ class RunBucket:
 
     @property
     def unpublished(self) -> frozenset[int]:
-        """Steps that are queued or on their way: they must stay on the disk."""
-        names = () if self._sync is None else self._sync.pending
+        """Steps that are queued, on their way, or were not safe at the end: they must stay on the disk."""
+        names = self._left if self._sync is None else self._sync.pending
         return frozenset(step for name in names if (step := parse_step(name)) is not None)
 
     @property
@@ -353,7 +354,7 @@ class RunBucket:
         self._leave()
         if self._sync is None or self._side is None:
             return {}
-        sync, self._sync = self._sync, None
+        sync = self._sync
         if self._begun and not self._finished and (self._lease is None or not self._lease.lost):
             # how it ended, even where there is nothing else to send
             sync.background.submit("logs", "logs", self._side.publish_logs, optional=True)
@@ -364,7 +365,9 @@ class RunBucket:
                 self._check()
 
         limits = [limit for limit in (seconds, self._settings.cloud.close_seconds) if limit is not None]
-        return sync.close(min(limits), tick=tick)
+        self._left, self._sync = sync.pending, None
+        self._left = sync.close(min(limits), tick=tick)
+        return dict(self._left)
 
     def __enter__(self) -> Self:
         return self
