@@ -50,6 +50,7 @@ class World:
         self.in_flight: list[Callable[[], Any]] = []  # calls of dead workers that the network still carries
         self.began: dict[int, int] = {}  # epoch to the step it went on from
         self.safe: dict[int, int] = {}  # step to the epoch that was told it is safe
+        self.went_back: dict[int, int] = {}  # epoch to the step that the user sent it back to
         self.newest_epoch = 0
         self.problems: list[str] = []
         self.log: list[str] = []
@@ -296,6 +297,7 @@ class Worker:
                 if later > steps[0]:
                     shutil.rmtree(self.paths.step(later))
             self.world.safe = {step: epoch for step, epoch in self.world.safe.items() if step <= steps[0]}
+            self.world.went_back[self.epoch] = steps[0]
             side.set_aside_after(steps[0])
             return steps[0]
         fetched = side.fetch_checkpoint("auto")
@@ -311,7 +313,9 @@ class Worker:
                 side.publish(step)
             except (ExhaustedError, TransientError):
                 continue
-            self.world.safe[step] = self.epoch
+            # not where the user has sent a later epoch back behind it since it was told
+            if all(later <= self.epoch or step <= start for later, start in self.world.went_back.items()):
+                self.world.safe[step] = self.epoch
             return
 
 

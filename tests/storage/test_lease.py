@@ -275,6 +275,20 @@ def test_a_server_that_ignores_versions_in_deletions_is_named_and_used(acquire, 
     assert [info.key for info in bucket.list()] == [KEYS.lease]
 
 
+def test_who_finds_its_probe_swept_by_the_first_one_blames_no_server(acquire, bucket, monkeypatch):
+    put = bucket.put
+
+    def overtaken(key, data, **conditions):
+        if key.startswith(KEYS.probes) and conditions.get("if_absent") and bytes(data) == b"2":
+            monkeypatch.setattr(bucket, "put", put)
+            acquire().release()
+            bucket.delete(key)
+        return put(key, data, **conditions)
+
+    monkeypatch.setattr(bucket, "put", overtaken)
+    assert acquire().epoch == 2
+
+
 def test_a_server_without_conditions_is_refused_with_the_way_out(acquire, bucket, monkeypatch):
     put = bucket.put
     monkeypatch.setattr(bucket, "put", lambda key, data, **conditions: put(key, data))

@@ -200,6 +200,8 @@ class Lease:
                     self._store.url,
                 )
         except SettingsError as error:
+            if read_lease(self._store, self._keys.lease) is not None:
+                return  # another was first, and has swept what it was tried with: no fault of the server
             fix = (
                 f"{error.fix}; or set checkpoint.lease=false, and see to it yourself that one worker alone trains a run"
             )
