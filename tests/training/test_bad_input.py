@@ -75,7 +75,7 @@ def test_the_disk_fills_up_while_training(wmtp, small_disk, monkeypatch):
     # every step is kept: room for some, not for all
     result = wmtp("train", "--run-name", "full", "--set", "checkpoint.every=1", "--set", "checkpoint.keep_last=99")
     assert result[0] == 0
-    assert "is NOT saved, the training goes on" in (folder / "logs" / "full" / "training.log").read_text()
+    assert "the disk is full: removed step_1" in (folder / "logs" / "full" / "training.log").read_text()
     assert not list((folder / "checkpoints" / "full").glob(".tmp-*"))
     # what had been saved is whole: with room again it goes on to the end
     code, listed = wmtp("checkpoints", "verify", "full", "--json")

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 
 import pytest
 import torch
@@ -16,14 +17,15 @@ from wmtp_worker.tracking.metrics import read
 
 
 class StopAfter(StopRequest):
-    """Asks for a stop at the n-th time it is polled."""
+    """Asks for a stop at the n-th time it is polled while the run trains: per micro-batch and per validation batch."""
 
     def __init__(self, polls):
         super().__init__()
         self._polls = polls
 
     def check(self):
-        self._polls -= 1
+        # before the training it is polled as often as there are samples and blocks to read
+        self._polls -= sys._getframe(2).f_code.co_name in ("train_step", "between_batches")
         if self._polls == 0:
             self.request("test")
         super().check()
@@ -115,7 +117,7 @@ def test_what_is_saved_after_a_damaged_checkpoint_is_kept(tiny_run, tmp_path, pa
     (paths.step(12) / "state.json").unlink()
     # the damaged one is newer by number, and only one is to be kept
     with pytest.raises(Interrupted, match=r"saved: .*step_10"):
-        tiny_run(tmp_path, "checkpoint.keep_last=1", stop=StopAfter(7))
+        tiny_run(tmp_path, "checkpoint.keep_last=1", stop=StopAfter(4))
     assert steps(paths) == [10, 12]
     assert tiny_run(tmp_path).resumed_from == 10
 
@@ -216,7 +218,7 @@ def test_killed_while_going_back(moves, tiny_run, tmp_path, paths, monkeypatch):
 def test_stopped_just_after_going_back(tiny_run, tmp_path, paths):
     assert tiny_run(tmp_path, FIRST_IS_BEST).best_step == 4
     with pytest.raises(Interrupted):
-        tiny_run(tmp_path, FIRST_IS_BEST, resume=9, stop=StopAfter(4))
+        tiny_run(tmp_path, FIRST_IS_BEST, resume=9, stop=StopAfter(1))
     assert not paths.best.exists()
     assert tiny_run(tmp_path, FIRST_IS_BEST).best_step == 12
     assert torch.load(paths.best, weights_only=True)["step"] == 12
@@ -267,13 +269,13 @@ def test_other_data_is_named(tiny_run, tmp_path):
 
 def test_a_stop_never_advises_what_would_do_it_all_again(tiny_run, tmp_path):
     with pytest.raises(Interrupted, match=r"saved: .*step_2 -> go on from there with --resume auto"):
-        tiny_run(tmp_path, resume="never", stop=StopAfter(8))
+        tiny_run(tmp_path, resume="never", stop=StopAfter(5))
 
 
 def test_the_log_says_how_the_run_ended(tiny_run, tmp_path, paths):
     # it is what is left when the machine with the console is gone
     with pytest.raises(Interrupted):
-        tiny_run(tmp_path, "logging.level=error", stop=StopAfter(8))
+        tiny_run(tmp_path, "logging.level=error", stop=StopAfter(5))
     log = paths.training_log.read_text()
     assert "ended by stopped by test; saved:" in log
     assert "Traceback" not in log
@@ -320,7 +322,7 @@ def test_early_stopping_survives_a_resume(tiny_run, run_record, tmp_path):
     assert (summary.stopped_early, summary.step) == (True, 4)
     # after the first validation, before the one that stops the run
     with pytest.raises(Interrupted, match=r"saved: .*step_3"):
-        tiny_run(tmp_path / "interrupted", *settings, stop=StopAfter(13))
+        tiny_run(tmp_path / "interrupted", *settings, stop=StopAfter(10))
     tiny_run(tmp_path / "interrupted", *settings)
     assert run_record(tmp_path / "interrupted") == run_record(tmp_path / "straight")
     assert tiny_run(tmp_path / "interrupted", *settings).steps_taken == 0
@@ -340,6 +342,6 @@ def test_accumulation_and_one_large_batch_agree(tiny_run, tmp_path):
 def test_bf16_trains_and_resumes_exactly(tiny_run, run_record, tmp_path):
     tiny_run(tmp_path / "straight", "training.precision=bf16", "training.max_steps=6")
     with pytest.raises(Interrupted, match=r"saved: .*step_4"):
-        tiny_run(tmp_path / "interrupted", "training.precision=bf16", "training.max_steps=6", stop=StopAfter(14))
+        tiny_run(tmp_path / "interrupted", "training.precision=bf16", "training.max_steps=6", stop=StopAfter(11))
     tiny_run(tmp_path / "interrupted", "training.precision=bf16", "training.max_steps=6")
     assert run_record(tmp_path / "interrupted") == run_record(tmp_path / "straight")

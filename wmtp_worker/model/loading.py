@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,10 +126,11 @@ def _read_config(folder: Path) -> dict[str, object]:
     return config
 
 
-def base_digest(folder: Path) -> str:
-    """SHA-256 (hex) over config and weights of a model folder, in name order."""
+def base_digest(folder: Path, poll: Callable[[], None] = lambda: None) -> str:
+    """SHA-256 (hex) over config and weights of a model folder, in name order; `poll` is called before each file."""
     total = hashlib.sha256()
     for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        poll()
         with path.open("rb") as file:
             total.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return total.hexdigest()

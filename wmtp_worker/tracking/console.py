@@ -1,6 +1,7 @@
 """Logging to the console and to `training.log`, and a progress bar where somebody is watching."""
 
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from logging.handlers import MemoryHandler, RotatingFileHandler
@@ -66,7 +67,7 @@ class LogFile:
         """Write what was kept, and from now on everything at once. Raises `DiskFullError`, `InputError`."""
         with disk_errors(self._path.parent):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            file = RotatingFileHandler(self._path, maxBytes=_LOG_BYTES, backupCount=3, encoding="utf-8")
+            file = _RunLog(self._path, maxBytes=_LOG_BYTES, backupCount=3, encoding="utf-8")
         file.setFormatter(logging.Formatter(_FORMAT))
         file.addFilter(RedactingFilter())
         self._early.setTarget(file)
@@ -88,6 +89,30 @@ class LogFile:
         self._early.close()
         if file is not None:
             file.close()
+
+
+class _RunLog(RotatingFileHandler):
+    """Says once, on the console, that the disk does not take what is logged; that never ends a run."""
+
+    _failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if isinstance(error := sys.exception(), OSError):
+            self._say(error)
+        else:
+            super().handleError(record)
+
+    def close(self) -> None:
+        try:
+            super().close()
+        except OSError as error:  # what waited for room, or a network file system that says so only now
+            self._say(error)
+
+    def _say(self, error: OSError) -> None:
+        if not self._failed:
+            self._failed = True  # first: the warning comes back here
+            reason = error.strerror or error
+            logging.getLogger(LOGGER).warning("%s lacks lines from here on: %s", self.baseFilename, reason)
 
 
 @contextmanager

@@ -2,20 +2,22 @@
 
 import contextlib
 import json
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from wmtp_worker.storage.atomic import temporary
 
 _INTERVAL = 2.0  # seconds
+_LONGEST_CALL = 3600.0
 
 
 class Heartbeat:
     """Replaces the file atomically, at most every two seconds unless the phase changes.
 
-    Not synced to the disk: it says that a process is alive, which a crash makes untrue anyway.
+    Not synced to the disk: it says that a process is alive, which a crash makes untrue anyway. Thread-safe.
     """
 
     def __init__(self, path: Path, run: str, beaten: Callable[[], object] = lambda: None) -> None:
@@ -25,12 +27,35 @@ class Heartbeat:
         self._run = run
         self._phase = ""
         self._written = 0.0
+        self._lock = threading.Lock()  # the file that is written has one name
 
     def beat(self, phase: str, **facts: Any) -> None:
         """Say that `phase` goes on; `facts` (step, loss, …) are whatever helps somebody who looks."""
         self._beaten()
-        if phase == self._phase and time.monotonic() - self._written < _INTERVAL:
-            return
+        with self._lock:
+            if phase != self._phase or time.monotonic() - self._written >= _INTERVAL:
+                self._write(phase, facts)
+
+    @contextlib.contextmanager
+    def during(self, phase: str, **facts: Any) -> Iterator[None]:
+        """Beat while the block runs, for one call that takes long and cannot beat itself; for an hour at most."""
+        done = threading.Event()
+        end = time.monotonic() + _LONGEST_CALL
+
+        def beat() -> None:
+            while not done.wait(_INTERVAL) and time.monotonic() < end:
+                self.beat(phase, **facts)
+
+        self.beat(phase, **facts)
+        thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    def _write(self, phase: str, facts: Mapping[str, Any]) -> None:
         document = {"time": time.time(), "run": self._run, "phase": phase, **facts}
         written = temporary(self._path)
         try:

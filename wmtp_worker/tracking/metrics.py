@@ -36,9 +36,9 @@ class MetricsLog:
 
     @property
     def size(self) -> int:
-        """Bytes in the file, all of whole records."""
+        """Bytes of all records so far, those included that still wait for room on the disk."""
         self._flush()
-        return self._size
+        return self._size + sum(map(len, self._waiting))
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Append one record in a single write; a torn last line is possible only if the machine dies.
@@ -71,14 +71,19 @@ class MetricsLog:
         self._size += len(line)
 
     def sync(self) -> None:
-        """Make the file durable as it is. From any thread."""
-        os.fsync(self._file.fileno())
+        """Make the file durable as it is. From any thread. Raises `DiskFullError`: over a network, or with a quota."""
+        with disk_errors(Path(self._file.name).parent):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._flush()
-        if self._waiting:
+        lacking = bool(self._waiting)
+        try:
+            self._file.close()
+        except OSError:  # a network file system may say only now that there was no room
+            lacking = True
+        if lacking:
             log.warning("%s lacks its end: the disk is full", self._file.name)
-        self._file.close()
 
     def __enter__(self) -> Self:
         return self

@@ -1,10 +1,12 @@
 """Validation of weights that were saved, without training them."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from wmtp_worker.assets.resolve import dataset_folder, tokenizer_folder
 from wmtp_worker.checkpoint.export import load_weights
 from wmtp_worker.checkpoint.restore import find
+from wmtp_worker.checkpoint.snapshot import FROZEN, MODEL
 from wmtp_worker.data.tokenizer import load_tokenizer
 from wmtp_worker.errors import SettingsError
 from wmtp_worker.host.device import make_deterministic, resolve_device, set_threads
@@ -34,7 +36,7 @@ def evaluate_run(settings: Settings, weights: str, stop: StopRequest) -> dict[st
     model = rebuild(config, tensors, where)
     tokenizer = load_tokenizer(tokenizer_folder(settings))
     check_fit(settings, model, tokenizer)
-    data = load_split(settings, dataset_folder(settings), "validation", tokenizer)
+    data = load_split(settings, dataset_folder(settings), "validation", tokenizer, stop.check)
     rows = settings.training.micro_batch_size
     batches = data.epoch(rows, settings.evaluation.max_batches)
     model.to(device)  # type: ignore[arg-type]  # transformers hides nn.Module.to's signature
@@ -43,13 +45,13 @@ def evaluate_run(settings: Settings, weights: str, stop: StopRequest) -> dict[st
     return {**what, "dataset": settings.data.dataset, "samples": len(data.samples), **result.to_json()}
 
 
-def _read(paths: RunPaths, weights: str) -> tuple[int, dict[str, Any], dict[str, Any], str]:
+def _read(paths: RunPaths, weights: str) -> tuple[int, dict[str, Any], Mapping[str, Any], str]:
     if weights in ("final", "best"):
         path = paths.final if weights == "final" else paths.best
         content = load_weights(path)
         return content["step"], content["config"], content["model"], str(path)
     if not weights.isdecimal():
         raise SettingsError(f"{weights!r} names no weights", where="--weights", fix="use final, best or a step")
-    checkpoint = find(paths, int(weights))
+    checkpoint = find(paths, int(weights), read=(MODEL, FROZEN))
     assert checkpoint is not None  # a wanted step is there or an error
     return int(weights), checkpoint.document(CONFIG, dict[str, Any]), checkpoint.model_tensors(), str(checkpoint.folder)

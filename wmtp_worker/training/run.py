@@ -11,15 +11,16 @@ from rich.console import Console
 
 from wmtp_worker.checkpoint.ledger import How, Ledger, Phases, read_heartbeat
 from wmtp_worker.checkpoint.losses import summarise
+from wmtp_worker.checkpoint.manifest import read_manifest
 from wmtp_worker.checkpoint.store import sweep
-from wmtp_worker.errors import Interrupted, WorkerError
+from wmtp_worker.errors import CheckpointError, DiskFullError, Interrupted, WorkerError
 from wmtp_worker.host.notices import NoticeWatcher
 from wmtp_worker.host.stop import StopRequest
 from wmtp_worker.host.watchdog import Watchdog
 from wmtp_worker.host.workdir import prepare
 from wmtp_worker.redact import redact
 from wmtp_worker.settings import Settings
-from wmtp_worker.storage.layout import RunPaths
+from wmtp_worker.storage.layout import RunPaths, step_name
 from wmtp_worker.storage.runlock import run_lock
 from wmtp_worker.tracking.console import LogFile, logging_to_console
 from wmtp_worker.tracking.heartbeat import Heartbeat
@@ -128,9 +129,8 @@ def _run(session: Session, ledger: Ledger, console: Console, started: float) -> 
                 _train_or_save(session, ledger, console)
                 saving.finish()
             session.check()
-            heartbeat.beat("export", step=session.progress.step)
             if not paths.final.exists():
-                session.export(best=False)
+                _export(session)
             _draw(paths)
             ledger.end("finished", session.progress.step)
             _publish(session)
@@ -143,15 +143,37 @@ def _run(session: Session, ledger: Ledger, console: Console, started: float) -> 
         raise
 
 
+def _export(session: Session) -> None:
+    """Write `final.pt`, if need be in the place of old checkpoints; where that is not enough, the run's end says so."""
+    with session.heartbeat.during("export", step=session.progress.step):
+        try:
+            try:
+                session.export(best=False)
+            except DiskFullError:
+                session.saving.make_room()
+                session.export(best=False)
+        except DiskFullError as error:
+            log.warning("%s is NOT saved: %s", session.paths.final.name, error)
+
+
 def _publish(session: Session) -> None:
-    session.bucket.finished()
+    """Send what a finished run leaves. Raises what keeps it from being safe: here, in the bucket, or in our hands."""
+    paths, bucket = session.paths, session.bucket
+    bucket.finished()
     try:
-        not_safe = session.bucket.close(heed_stop=True)
+        not_safe = bucket.close(heed_stop=True)
     except Interrupted as interruption:
         what = f"{interruption.what}; the run is finished, but not all of it is in the bucket yet"
         raise Interrupted(what, fix=interruption.fix) from None
+    bucket.check()
     if not_safe:
-        raise session.bucket.not_safe_error(not_safe)
+        raise bucket.not_safe_error(not_safe)
+    if lacking := [path.name for path in (paths.step(session.progress.step), paths.final) if not path.exists()]:
+        raise DiskFullError(
+            f"the run is finished, but {' and '.join(lacking)} could not be saved: the disk is full",
+            where=str(paths.checkpoints),
+            fix="free some space and start again: the steps since the last checkpoint are trained again",
+        )
 
 
 def _draw(paths: RunPaths) -> None:
@@ -168,15 +190,39 @@ def _train_or_save(session: Session, ledger: Ledger, console: Console) -> None:
     except Interrupted as interruption:
         progress, stop = session.progress, session.stop
         ledger.end("notice", progress.step, detail=stop.reason or "")
-        session.saving.emergency(session.snapshot, progress.step, progress.saved_at, stop)
-        newest = session.newest_checkpoint
-        place = str(newest) if newest else "nothing yet, no step was finished"
-        if not_safe := session.bucket.close(seconds=stop.seconds_left):
+        try:
+            session.saving.emergency(session.snapshot, progress.step, progress.saved_at, stop)
+        except DiskFullError as error:
+            log.warning("%s is NOT saved: %s", step_name(progress.step), error)
+        finally:
+            not_safe = session.bucket.close(seconds=stop.seconds_left)
+        place = _what_is_saved(session)
+        if not_safe:
             place += f"; not in the bucket yet: {', '.join(not_safe)}"
         log.info("%s; saved: %s", interruption.what, place)
         # never, or a step, would do again what was just done
         again = interruption.fix if session.settings.run.resume == "auto" else "go on from there with --resume auto"
         raise Interrupted(f"{interruption.what}; saved: {place}", fix=again) from None
+
+
+def _what_is_saved(session: Session) -> str:
+    """The newest checkpoint on the disk; and the one that the run goes on from, where that is another."""
+    paths = session.paths
+    steps = [step for step in paths.steps() if step <= session.progress.step]
+    if not steps:
+        return "nothing yet"
+    newest, full = steps[-1], next((step for step in reversed(steps) if _is_full(paths.step(step))), 0)
+    if newest == full:
+        return str(paths.step(newest))
+    only = f"weights only: --resume auto goes on from step {full}, --resume {newest} from these with a new optimizer"
+    return f"{paths.step(newest)} ({only})"
+
+
+def _is_full(checkpoint: Path) -> bool:
+    try:
+        return read_manifest(checkpoint).kind == "full"
+    except CheckpointError:
+        return False
 
 
 def _summary(session: Session, first: int, seconds: float) -> Summary:

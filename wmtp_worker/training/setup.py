@@ -1,7 +1,7 @@
 """Stage 0: from settings to a session that is ready to train."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,26 +38,31 @@ _BYTES_PER_PARAMETER = 12
 def build_session(
     settings: Settings, paths: RunPaths, stop: StopRequest, heartbeat: Heartbeat, bucket: RunBucket
 ) -> Session:
-    """Load data and model. Polls `stop` between the parts."""
+    """Load data and model. Polls `stop` and `bucket` between the parts, and while it tokenizes."""
     threads = set_threads(settings.host.threads)
     device = resolve_device(settings.host.device)
     make_deterministic(device)
 
-    def part(name: str) -> None:
+    def poll(phase: str) -> None:
         stop.check()
-        heartbeat.beat(name)
+        bucket.check()
+        heartbeat.beat(phase)
 
-    part("data")
+    def poll_data() -> None:
+        poll("data")
+
+    poll_data()
     folder, tokens = dataset_folder(settings), tokenizer_folder(settings)
     tokenizer = load_tokenizer(tokens)
-    train_data = load_split(settings, folder, "train", tokenizer)
-    validation_data = load_split(settings, folder, "validation", tokenizer)
-    part("model")
-    base = model_folder(settings)
-    model = load(base, settings.model.heads) if base else build(settings, tokenizer)
-    check_fit(settings, model, tokenizer)
-    base_model_digest = base_digest(base) if base else None
-    model.to(device).train()  # type: ignore[arg-type]  # transformers hides nn.Module.to's signature
+    train_data = load_split(settings, folder, "train", tokenizer, poll_data)
+    validation_data = load_split(settings, folder, "validation", tokenizer, poll_data)
+    poll("model")
+    with heartbeat.during("model"):
+        base = model_folder(settings)
+        model = load(base, settings.model.heads) if base else build(settings, tokenizer)
+        check_fit(settings, model, tokenizer)
+        base_model_digest = base_digest(base, stop.check) if base else None
+        model.to(device).train()  # type: ignore[arg-type]  # transformers hides nn.Module.to's signature
     return Session(
         settings=settings,
         paths=paths,
@@ -81,9 +86,15 @@ def build_session(
     )
 
 
-def load_split(settings: Settings, folder: Path, split: Split, tokenizer: "PreTrainedTokenizerFast") -> Dataset:
+def load_split(
+    settings: Settings, folder: Path, split: Split, tokenizer: "PreTrainedTokenizerFast", poll: Callable[[], None]
+) -> Dataset:
+    """Read and tokenize one split; `poll` is called before each sample and may raise to stop. Raises `InputError`."""
     limit = settings.data.sequence_length
-    samples = [encode(tokenizer, problem) for problem in read_split(folder, split)]
+    samples = []
+    for problem in read_split(folder, split):
+        poll()
+        samples.append(encode(tokenizer, problem))
     fitting = [sample for sample in samples if len(sample.ids) <= limit]
     if not fitting:
         raise InputError(
@@ -134,7 +145,6 @@ def _optimizer(settings: Settings, model: MTPForCausalLM) -> torch.optim.AdamW:
 def restore(session: Session) -> None:
     """Go on from the checkpoint that `run.resume` asks for; whatever that makes obsolete is set aside, not deleted."""
     session.check()
-    session.heartbeat.beat("restore")
     _go_on(session)
     _check_disk(session)
     _log_facts(session)
@@ -142,9 +152,17 @@ def restore(session: Session) -> None:
 
 def _go_on(session: Session) -> None:
     paths, resume = session.paths, session.settings.run.resume
-    checkpoint = find(paths, resume)
+
+    def heed(size: int) -> None:
+        session.check()
+        session.heartbeat.beat("restore")
+
+    checkpoint = find(paths, resume, heed=heed)
+    if checkpoint is None and resume == "auto":
+        session.bucket.check_fresh_start()
     if checkpoint is not None:
-        session.restore(checkpoint)
+        with session.heartbeat.during("restore"):
+            session.restore(checkpoint)
         log.info("resuming from %s", checkpoint.folder)
     later = [paths.step(step) for step in paths.steps() if step > session.progress.step]
     if checkpoint is None and resume == "auto":
@@ -181,6 +199,9 @@ def _check_disk(session: Session) -> None:
     parameters = sum(parameter.numel() for parameter in session.model.parameters())
     needed = parameters * _BYTES_PER_PARAMETER
     free = disk_free(session.paths.checkpoints)
+    # the first save takes the place of older ones, where the process before this one trained on with a full disk
+    older = [session.paths.step(step) for step in session.paths.steps() if step < session.progress.step]
+    free += sum(file.stat().st_size for folder in older for file in folder.iterdir())
     if free < needed and not session.finished:
         raise DiskFullError(
             f"a checkpoint needs {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free",
