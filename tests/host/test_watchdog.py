@@ -26,18 +26,8 @@ def stuck_in_a_collective():
 def loader_thread():
     threading.Event().wait()
 
-def flush():
-    Path(sys.argv[2], "flushed").touch()
-
-def hang():
-    threading.Event().wait()
-
-def fail():
-    raise RuntimeError("no matter")
-
 threading.Thread(target=loader_thread, daemon=True).start()
-callbacks = [fail, flush] + [hang] * ("hanging" in sys.argv)
-with Watchdog(float(sys.argv[1]), log_file=Path(sys.argv[2], "training.log"), callbacks=callbacks) as watchdog:
+with Watchdog(float(sys.argv[1]), log_file=Path(sys.argv[2], "training.log")) as watchdog:
     print("ready", flush=True)
     if "beating" in sys.argv:
         for _ in range(200):
@@ -84,10 +74,9 @@ def test_a_hang_ends_with_75_and_all_stacks(worker, tmp_path):
     for text in (err, log):
         assert "stuck_in_a_collective" in text
         assert "loader_thread" in text
-    assert (tmp_path / "flushed").exists()
 
 
-@pytest.mark.parametrize("where", ["a callback", "stderr", "the log"])
+@pytest.mark.parametrize("where", ["stderr", "the log"])
 def test_an_ending_that_hangs_ends_all_the_same(worker, tmp_path, where, monkeypatch):
     options = {}
     if where == "stderr":
@@ -99,15 +88,14 @@ def test_an_ending_that_hangs_ends_all_the_same(worker, tmp_path, where, monkeyp
         except BlockingIOError:
             os.set_blocking(writing, True)
         options = {"stderr": writing}
-    elif where == "the log":
+    else:
         os.mkfifo(tmp_path / "training.log")  # opening it waits for a reader
-    process = worker(0.3, "hanging" if where == "a callback" else "", **options)
+    process = worker(0.3, **options)
     assert process.wait(timeout=20) == 75
     if where == "stderr":
         os.close(reading)
         os.close(writing)
         assert "stuck_in_a_collective" in (tmp_path / "training.log").read_text()
-    assert (tmp_path / "flushed").exists()
 
 
 def test_beats_keep_it_quiet_and_a_stopped_process_gets_its_time(worker):
@@ -137,21 +125,6 @@ def ended(monkeypatch):
     return calls
 
 
-def test_pauses(ended):
-    with Watchdog(0.2) as watchdog:
-        with watchdog.pause("loading the model"), watchdog.pause("reading a file"):
-            assert not ended.wait(0.5)
-        assert not ended.wait(0.1)  # the end of a pause is a beat
-        assert ended.wait(2)
-
-
-def test_an_error_ends_the_pause(ended):
-    with Watchdog(0.2) as watchdog:
-        with pytest.raises(KeyError), watchdog.pause("a phase that fails"):
-            raise KeyError
-        assert ended.wait(2)
-
-
 def watching():
     return [thread.name for thread in threading.enumerate() if thread.name == "watchdog"]
 
@@ -159,8 +132,7 @@ def watching():
 def test_zero_is_off(ended):
     with Watchdog(0) as watchdog:
         watchdog.beat()
-        with watchdog.pause("nothing"):
-            assert watching() == []
+        assert watching() == []
     watchdog.close()
     assert not ended.is_set()
 

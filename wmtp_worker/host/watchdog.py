@@ -2,8 +2,6 @@
 
     with Watchdog(settings.host.hang_seconds, log_file=paths.training_log) as watchdog:
         watchdog.beat()                          # wherever the run gets on: a micro-batch, a validation, a wait
-        with watchdog.pause("loading the model"):
-            ...                                  # a long phase that cannot beat
 
 Only the run itself should beat: uploads behind the training go on happily while the training is stuck. A hang inside C
 code that holds Python's lock cannot be seen from a Python thread; a health check that reads `heartbeat.json` sees it.
@@ -11,17 +9,14 @@ code that holds Python's lock cannot be seen from a Python thread; a health chec
 
 import contextlib
 import faulthandler
-import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
 from wmtp_worker.errors import AGAIN
-
-log = logging.getLogger(__name__)
 
 # seconds: for each part of the ending, which must not hang itself
 _PART_SECONDS = 5.0
@@ -29,35 +24,19 @@ _LONGEST_TICK = 5.0
 
 
 class Watchdog:
-    """Off with `seconds` 0: then there is no thread, and `beat` and `pause` do nothing that matters."""
+    """Off with `seconds` 0: then there is no thread, and `beat` does nothing that matters."""
 
-    def __init__(
-        self, seconds: float, *, log_file: Path | None = None, callbacks: Sequence[Callable[[], object]] = ()
-    ) -> None:
-        """`callbacks` are called at the end, each for at most five seconds: to flush what is worth having."""
+    def __init__(self, seconds: float, *, log_file: Path | None = None) -> None:
         self._seconds = seconds
         self._log_file = log_file
-        self._callbacks = callbacks
         self._tick = min(_LONGEST_TICK, seconds / 10)
         self._last = time.monotonic()
-        self._paused: list[str] = []
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
 
     def beat(self) -> None:
         """Say that the run made progress. From any thread, at the cost of reading a clock."""
         self._last = time.monotonic()
-
-    @contextlib.contextmanager
-    def pause(self, reason: str) -> Iterator[None]:
-        """Do not watch while the block runs. Pauses may be nested."""
-        self._paused.append(reason)
-        log.debug("the watchdog pauses: %s", reason)
-        try:
-            yield
-        finally:
-            self.beat()
-            self._paused.remove(reason)
 
     def close(self) -> None:
         """End the watching and join its thread."""
@@ -82,13 +61,12 @@ class Watchdog:
             # the process was stopped, its machine slept, or a neighbour took all its time: nobody could beat
             if woken - before > 2 * self._tick + 1.0:
                 self._last = woken
-            elif not self._paused and woken - self._last > self._seconds:
+            elif woken - self._last > self._seconds:
                 self._end()
 
     def _end(self) -> None:
         head = f"wmtp: no progress for {self._seconds:g} s: ending with exit code {AGAIN}; where every thread is:\n"
-        parts = [lambda: _dump(2, head), lambda: _dump_to(self._log_file, head), *self._callbacks]
-        for part in parts:
+        for part in (lambda: _dump(2, head), lambda: _dump_to(self._log_file, head)):
             # in a thread of its own: what the process hangs on may be this disk, or whoever reads this pipe
             thread = threading.Thread(target=_quietly, args=(part,), name="watchdog", daemon=True)
             thread.start()
