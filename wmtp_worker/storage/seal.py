@@ -129,10 +129,11 @@ def check_each(
         if found != entry.size:
             raise IntegrityError(f"{name} has {found} bytes instead of {entry.size}", where=str(folder))
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda file: _check_digest(*file, entry_of), files))
+        list(pool.map(lambda file: _check_digest(file, entry_of), files))
 
 
-def _check_digest(folder: Path, name: str, entry: FileEntry, entry_of: Callable[[Path], FileEntry]) -> None:
+def _check_digest(file: tuple[Path, str, FileEntry], entry_of: Callable[[Path], FileEntry]) -> None:
+    folder, name, entry = file
     with _reading(folder, name):
         same = entry_of(folder / name).sha256 == entry.sha256
     if not same:
