@@ -1,12 +1,14 @@
 """What a save costs the training, beside one memcpy of the same bytes, `torch.save`, and torch's own asynchronous save.
 
-    python benchmarks/saving.py [--folder DIR] [--rounds N] [--megabytes 200 2400]
+    python benchmarks/saving.py [--folder DIR] [--rounds N] [--megabytes 200 2400] [--parts pause slowdown restore]
 
-All sides alternate in one run; medians are compared. At the end: the same on paper for a model of 7B on 8 GPUs.
+All sides alternate in one run; medians are compared. At the end: the same on paper for a model of 7B on 8 GPUs. With
+`--parts` only those are measured, and nothing is kept.
 """
 
 import argparse
 import ctypes
+import json
 import os
 import shutil
 import statistics
@@ -35,6 +37,7 @@ from wmtp_worker.storage.layout import RunPaths
 
 FACTS = {"settings_digest": "", "worker_version": "", "torch_version": torch.__version__}
 WIDTH, TOKENS = 1024, 192
+Note = Callable[[str, float], None]
 
 
 class Residual(torch.nn.Linear):
@@ -82,17 +85,37 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def measure(size: int, rounds: int, folder: Path) -> dict[str, Any]:
+def measure(size: int, rounds: int, folder: Path, parts: list[str]) -> dict[str, Any]:
     training = Training(size)
     paths = RunPaths(folder, f"saving-{size}")
     state = training.tensors()
-    every = [value for tensors in state.values() for value in tensors.values()]
-    target = torch.zeros(sum(value.nbytes for value in every), dtype=torch.uint8)
     seconds: dict[str, list[float]] = {}
-    slowdown: list[float] = []
 
     def note(name: str, value: float) -> None:
         seconds.setdefault(name, []).append(value)
+
+    expected = {MODEL: state[MODEL], OPTIMIZER: expected_tensors(training.names)}
+    result: dict[str, Any] = {"rounds": rounds}
+    with Saver(paths, written=lambda step, _: store.prune(paths, 1, step)) as saver:
+        result["host memory"] = saver.prepare(expected)
+        if "pause" in parts:
+            pauses(training, saver, rounds, folder, note)
+        if "slowdown" in parts:
+            result |= slowdowns(training, saver, rounds, note)
+        saver.save(training.snapshot(10**6))
+    if "restore" in parts:
+        restoring(training, paths, rounds, note)
+    result["bytes"] = sum(value.nbytes for tensors in state.values() for value in tensors.values())
+    return report(result, {name: statistics.median(values) for name, values in seconds.items()})
+
+
+def pauses(training: Training, saver: Saver, rounds: int, folder: Path, note: Note) -> None:
+    """How long the loop stands still for a save, beside other ways to save the same state."""
+    state = training.tensors()
+    every = [value for tensors in state.values() for value in tensors.values()]
+    target = torch.zeros(sum(value.nbytes for value in every), dtype=torch.uint8)
+    stager = DefaultStager(StagingOptions(False, False, True, False))
+    blocking, file = RunPaths(folder, "blocking"), folder / "state.pt"
 
     def copy() -> None:
         at = target.data_ptr()
@@ -100,35 +123,22 @@ def measure(size: int, rounds: int, folder: Path) -> dict[str, Any]:
             ctypes.memmove(at, value.data_ptr(), value.nbytes)
             at += value.nbytes
 
-    stager = DefaultStager(StagingOptions(False, False, True, False))
-    expected = {MODEL: state[MODEL], OPTIMIZER: expected_tensors(training.names)}
-    with Saver(paths, written=lambda step, _: store.prune(paths, 1, step)) as saver:
-        memory = saver.prepare(expected)
-        for number in range(rounds + 1):
-            note("memcpy", timed(copy))
-            one_background_save(training, saver, number, note, slowdown)
-            file = folder / "state.pt"
-            note("torch.save", timed(lambda: torch.save(state, file)))  # noqa: B023
-            note("torch.save + fsync", seconds["torch.save"][-1] + timed(lambda: fsync_path(file)))  # noqa: B023
-            file.unlink()
-            blocking = RunPaths(folder, "blocking")
-            note("checkpoint", timed(lambda: store.write(blocking, training.snapshot(0))))  # noqa: B023
-            shutil.rmtree(blocking.checkpoints)
-            torch_async(training, folder, stager, note)
-            print({name: round(values[-1], 4) for name, values in seconds.items()}, flush=True)
-            if number == 0:  # buffers of all sides are warm from here on
-                seconds.clear()
-                slowdown.clear()
-        restoring(training, paths, rounds, note)
+    for number in range(rounds + 1):
+        told = note if number else lambda name, value: None  # buffers of all sides are warm from the second on
+        told("memcpy", timed(copy))
+        one_background_save(training, saver, number, told)
+        saving = timed(lambda: torch.save(state, file))
+        told("torch.save", saving)
+        told("torch.save + fsync", saving + timed(lambda: fsync_path(file)))
+        file.unlink()
+        told("checkpoint", timed(lambda: store.write(blocking, training.snapshot(0))))
+        shutil.rmtree(blocking.checkpoints)
+        torch_async(training, folder, stager, told)
     stager.close()
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    return report(target.nbytes, memory, len(slowdown), medians, slowdown)
 
 
-def one_background_save(
-    training: Training, saver: Saver, number: int, note: Callable[[str, float], None], slowdown: list[float]
-) -> None:
-    """The pause of a save, and how much slower steps are than those before and after it."""
+def one_background_save(training: Training, saver: Saver, number: int, note: Note) -> list[float]:
+    """Steps from one with a save at its beginning to that in which it is on the disk; their seconds."""
     pause = [0.0, 0.0]
 
     def save() -> None:
@@ -137,19 +147,38 @@ def one_background_save(
     def gate() -> None:
         pause[1] = timed(saver.gate)
 
-    around = [training.step() for _ in range(3)]
     began = time.perf_counter()
-    during = [training.step(save, gate)]
+    steps = [training.step(save, gate)]
     while saver.pending:
-        during.append(training.step())
+        steps.append(training.step())
     note("behind the training", time.perf_counter() - began)
-    around += [training.step() for _ in range(3)]
     note("pause", sum(pause))
-    note("step", statistics.median(around))
-    slowdown.append(statistics.mean(during) / statistics.mean(around) - 1)
+    return steps
 
 
-def torch_async(training: Training, folder: Path, stager: DefaultStager, note: Callable[[str, float], None]) -> None:
+def slowdowns(training: Training, saver: Saver, rounds: int, note: Note) -> dict[str, Any]:
+    """How much slower steps beside a save are than as many before and after; and those than each other: the noise."""
+    slowdown, noise, lost = [], [], []
+    count = len(one_background_save(training, saver, 0, lambda name, value: None))
+    before = [training.step() for _ in range(count)]
+    for number in range(1, rounds + 1):
+        beside = one_background_save(training, saver, number, note)
+        after = [training.step() for _ in range(len(beside))]
+        usual = statistics.mean([*before, *after])
+        slowdown.append(statistics.mean(beside) / usual - 1)
+        noise.append(abs(statistics.mean(after) / statistics.mean(before) - 1))
+        lost.append(len(beside) * (statistics.mean(beside) - usual))
+        note("step", usual)
+        before = after
+    return {
+        "slowdown of steps beside a save": median(slowdown),
+        "slowdown of each round": [round(value, 3) for value in slowdown],
+        "difference of steps without a save before and after": median(noise),
+        "training lost by a save, s": median(lost),
+    }
+
+
+def torch_async(training: Training, folder: Path, stager: DefaultStager, note: Note) -> None:
     """`async_save` with asynchronous staging: the pause is the call, and the wait for its staging before the step."""
     pending: list[Any] = []
     pause = [0.0, 0.0]
@@ -179,7 +208,7 @@ def torch_async(training: Training, folder: Path, stager: DefaultStager, note: C
         file.unlink()
 
 
-def restoring(training: Training, paths: RunPaths, rounds: int, note: Callable[[str, float], None]) -> None:
+def restoring(training: Training, paths: RunPaths, rounds: int, note: Note) -> None:
     """Verify, load and copy into model and optimizer, against a plain read of the same files; with a cold cache."""
     (step,) = paths.steps()
     files = [path for path in paths.step(step).iterdir() if path.suffix == ".safetensors"]
@@ -213,20 +242,18 @@ def restoring(training: Training, paths: RunPaths, rounds: int, note: Callable[[
             note(f"{name}, warm", timed(work))
 
 
-def report(size: int, memory: int, rounds: int, medians: dict[str, float], slowdown: list[float]) -> dict[str, Any]:
-    pause = medians["pause"]
+def report(result: dict[str, Any], medians: dict[str, float]) -> dict[str, Any]:
+    ratios = [
+        ("pause", "memcpy"),
+        ("pause", "torch.save"),
+        ("pause", "async_save"),
+        ("restore", "plain read"),
+        ("restore, warm", "plain read, warm"),
+    ]
     return {
-        "bytes": size,
-        "host memory": memory,
-        "rounds": rounds,
+        **result,
         "seconds": {name: round(value, 5) for name, value in medians.items()},
-        "pause / memcpy": round(pause / medians["memcpy"], 5),
-        "pause / torch.save": round(pause / medians["torch.save"], 6),
-        "pause / async_save": round(pause / medians["async_save"], 5),
-        "slowdown of steps during a save": median(slowdown),
-        "slowdown of each round": [round(value, 3) for value in slowdown],
-        "restore / plain read": round(medians["restore"] / medians["plain read"], 3),
-        "restore / plain read, warm": round(medians["restore, warm"] / medians["plain read, warm"], 3),
+        **{f"{one} / {other}": round(medians[one] / medians[other], 6) for one, other in ratios if one in medians},
     }
 
 
@@ -281,26 +308,32 @@ def on_paper(disk: float = 2e9, line: float = 1.25e9, bus: float = 25e9, per_day
     }
 
 
+PARTS = ["pause", "slowdown", "restore"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--megabytes", type=int, nargs="+", default=[200, 2400])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     wanted = parser.parse_args()
     warnings.filterwarnings("ignore", module="torch.distributed")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=wanted.folder) as folder:
         for megabytes in wanted.megabytes:
-            rounds = wanted.rounds if megabytes < 1000 else max(2, wanted.rounds // 3)
-            result[f"{megabytes} MB"] = measure(megabytes * 10**6, rounds, Path(folder))
-            print(megabytes, result[f"{megabytes} MB"], flush=True)
+            rounds = wanted.rounds if megabytes < 1000 else max(3, wanted.rounds // 3)
+            measured = measure(megabytes * 10**6, rounds, Path(folder), wanted.parts)
+            result[f"{megabytes} MB"] = measured
+            print(megabytes, json.dumps(measured, indent=1), flush=True)
         # the larger state's own, for whoever wants rates
         largest = max(result.values(), key=lambda each: each["bytes"])
         result = {"bytes": largest["bytes"], "seconds": largest["seconds"], **result}
-        result["1 % trained"] = lora_like(Path(folder))
-    result["7B on 8 GPUs, on paper"] = on_paper()
-    record("saving", result)
+        if wanted.parts == PARTS:
+            result["1 % trained"] = lora_like(Path(folder))
+            result["7B on 8 GPUs, on paper"] = on_paper()
+            record("saving", result)
     dist.destroy_process_group()
 
 
