@@ -246,6 +246,10 @@ class Worker:
             self.result = "held"
         except (ExhaustedError, TransientError):
             self.result = "away"
+        except IntegrityError as error:
+            self.result = "damaged"
+            if not self.back:  # else one that was paused, and then killed, may have left an older step without files
+                self.world.problems.append(f"{self.name}: {error!r}")
         except BaseException as error:
             self.world.problems.append(f"{self.name}: {error!r}")
             self.result = "failed"

@@ -301,6 +301,21 @@ def test_a_paused_worker_that_went_back_does_not_delete_what_another_goes_on_fro
     assert [(step, one.epoch) for step, one in world.view().manifests.items()] == [(3, 3), (4, 3)]
 
 
+def test_a_paused_worker_that_went_back_leaves_the_older_checkpoint_as_it_was(world, life):
+    until(life("before"), "nothing")
+    first = life("first", back=True)
+    until(first, "put .*/step_3/manifest.json")
+    world.now += 10
+    until(life("second"), "nothing")
+    assert world.began == {1: 0, 3: 4}  # and what the first one sent is swept
+    until(first, "nothing")
+    assert first.result == "held"
+    world.check()
+    view = world.view()
+    assert view.manifests[3].epoch == 1
+    assert view.whole(3)
+
+
 def test_what_a_paused_worker_writes_late_is_not_gone_on_from(world, life):
     manifest = "put .*/step_2/manifest.json"
     first = life("first")

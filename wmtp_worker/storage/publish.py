@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from wmtp_worker.errors import ObjectNotFound, PreconditionFailed, TransientError
+from wmtp_worker.errors import ObjectNotFound, PreconditionFailed, RunHeldError, StorageError, TransientError
 from wmtp_worker.storage.atomic import disk_errors, temporary
 from wmtp_worker.storage.layout import MANIFEST, RunPaths
 from wmtp_worker.storage.objects import ObjectInfo
@@ -67,8 +67,12 @@ class Publisher:
             data = for_the_bucket(manifest, catalogue.epoch, {name: entry for name, (_, entry) in beside.items()})
             seal = parse_seal(data, str(folder))
             sent = self._send(step, seal, view, {name: path for name, (path, _) in beside.items()})
-        info = self._put_manifest(step, data, before)
-        self._confirm(step, seal, info)
+        info, replaced = self._put_manifest(step, data, before)
+        try:
+            self._confirm(step, seal, info)
+        except RunHeldError:
+            self._put_back(step, replaced, info)
+            raise
         return sent
 
     def _check_epoch(self, before: Published | None) -> None:
@@ -182,22 +186,29 @@ class Publisher:
 
     # --- the manifest ----------------------------------------------------------------------------------------
 
-    def _put_manifest(self, step: int, data: bytes, before: Published | None) -> ObjectInfo:
-        """Write the manifest where there is none, or over that of an older epoch."""
+    def _put_manifest(self, step: int, data: bytes, before: Published | None) -> tuple[ObjectInfo, Published | None]:
+        """Write the manifest where there is none, or over that of an older epoch, which is returned too."""
         catalogue, key = self.catalogue, self.catalogue.keys.manifest(step)
         for _ in range(_ATTEMPTS):
             catalogue.ensure()
             if catalogue.lease is None:
-                return catalogue.store.put(key, data)
+                return catalogue.store.put(key, data), before
             try:
                 if before is None:
-                    return catalogue.store.put(key, data, if_absent=True)
-                return catalogue.store.put(key, data, if_version=before.version)
+                    return catalogue.store.put(key, data, if_absent=True), None
+                return catalogue.store.put(key, data, if_version=before.version), before
             except (PreconditionFailed, ObjectNotFound):
                 # one that was taken for dead wrote it meanwhile: or we are the one
                 before = catalogue.manifest(step)
                 self._check_epoch(before)
         raise TransientError("the manifest keeps changing", where=f"{catalogue.store.url}/{key}")
+
+    def _put_back(self, step: int, replaced: Published | None, info: ObjectInfo) -> None:
+        """Undo what was written after the lease was lost: the new holder may have swept what our manifest names."""
+        if replaced is not None and replaced.seal is not None:
+            with contextlib.suppress(StorageError):
+                key = self.catalogue.keys.manifest(step)
+                self.catalogue.store.put(key, replaced.data, if_version=info.version)
 
     def _confirm(self, step: int, seal: Seal, info: ObjectInfo) -> None:
         catalogue = self.catalogue
