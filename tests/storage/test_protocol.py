@@ -20,7 +20,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tests.storage.protocol import KEEP_LAST, Worker, World, new_workdir
+from tests.storage.protocol import KEEP_LAST, Worker, World, new_workdir, write_checkpoint
 
 EXAMPLES = int(os.environ.get("WMTP_PROTOCOL_EXAMPLES", "0"))
 WORKERS = st.sampled_from([0, 1])
@@ -269,7 +269,7 @@ def test_a_paused_worker_does_not_delete_what_a_run_went_back_to(world, life):
     assert world.began == {1: 0, 2: 1}
     until(first, "nothing")
     world.check()
-    assert [(step, one.epoch) for step, one in world.view().manifests.items()] == [(1, 2)]
+    assert [(step, one.owner) for step, one in world.view().manifests.items()] == [(1, 2)]
 
 
 def test_a_paused_worker_does_not_delete_where_one_that_died_went_back_to(world, life):
@@ -298,7 +298,27 @@ def test_a_paused_worker_that_went_back_does_not_delete_what_another_goes_on_fro
     until(first, "nothing")
     assert first.result == "held"
     world.check()
-    assert [(step, one.epoch) for step, one in world.view().manifests.items()] == [(3, 3), (4, 3)]
+    assert [(step, one.owner) for step, one in world.view().manifests.items()] == [(3, 3), (4, 3)]
+
+
+def test_a_paused_worker_does_not_replace_what_another_goes_on_from(world, life):
+    before = life("before")
+    until(before, "put .*/step_2/manifest.json")
+    before.kill()
+    world.now += 10
+    first = life("first")
+    write_checkpoint(first.paths, 1, "another branch, on this disk")
+    until(first, "put .*/step_1/manifest.json")
+    world.now += 10
+    second = life("second")
+    until(second, "put .*/step_2/")  # and what the first one sent is swept
+    assert world.safe == {1: 3}
+    first.step()
+    world.check()
+    until(first, "nothing")
+    assert first.result == "held"
+    world.check()
+    assert world.view().whole(1)
 
 
 def test_a_paused_worker_that_went_back_leaves_the_older_checkpoint_as_it_was(world, life):

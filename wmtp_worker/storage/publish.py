@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from wmtp_worker.errors import ObjectNotFound, PreconditionFailed, RunHeldError, StorageError, TransientError
+from wmtp_worker.errors import ObjectNotFound, PreconditionFailed, TransientError
 from wmtp_worker.storage.atomic import disk_errors, temporary
 from wmtp_worker.storage.layout import MANIFEST, RunPaths
 from wmtp_worker.storage.objects import ObjectInfo
-from wmtp_worker.storage.published import Catalogue, Published, View, beside_key, for_the_bucket, objects_of
+from wmtp_worker.storage.published import Catalogue, Published, View, beside_key, claimed, for_the_bucket, objects_of
 from wmtp_worker.storage.seal import FileEntry, Seal, file_entry, parse_seal
 from wmtp_worker.storage.sealed import each, is_same
 from wmtp_worker.storage.transfer import Transfer
@@ -41,13 +41,13 @@ class Publisher:
     catalogue: Catalogue
     _best: tuple[tuple[int, int, int], FileEntry] | None = None  # inode, time and size, and what was in it
 
-    def publish(self, step: int, *, own: bool = False) -> int | None:
+    def publish(self, step: int) -> int | None:
         """Publish a local checkpoint, whole or not at all; the bytes of files sent for it, None where it was there.
 
         With it go the best model and the record of the steps, as they are now. What the bucket has already is copied
-        there; with `own` a checkpoint that an older epoch published becomes ours in any case. Raises `RunHeldError`
-        where another worker has the run, `TransientError` where objects vanished meanwhile, `IntegrityError` where a
-        local file is not what its manifest says, and the store's errors.
+        there; a checkpoint that an older epoch published is claimed. Raises `RunHeldError` where another worker has the
+        run, `TransientError` where objects vanished or changed meanwhile, `IntegrityError` where a local file is not
+        what its manifest says, and the store's errors.
         """
         catalogue, folder = self.catalogue, self.paths.step(step)
         catalogue.ensure()
@@ -56,8 +56,8 @@ class Publisher:
         view = catalogue.look()
         before = view.manifests.get(step)
         self._check_epoch(before)
-        if before is not None and self._is_there(step, local, before, view, own):
-            catalogue.ensure(fresh=True)
+        if before is not None and self._is_there(step, local, before, view):
+            self._claim(step, before)
             return None
         if before is not None and before.seal is not None and before.epoch == catalogue.epoch:
             # it names the objects that are about to be replaced
@@ -67,28 +67,39 @@ class Publisher:
             data = for_the_bucket(manifest, catalogue.epoch, {name: entry for name, (_, entry) in beside.items()})
             seal = parse_seal(data, str(folder))
             sent = self._send(step, seal, view, {name: path for name, (path, _) in beside.items()})
-        info, replaced = self._put_manifest(step, data, before)
-        try:
-            self._confirm(step, seal, info)
-        except RunHeldError:
-            self._put_back(step, replaced, info)
-            raise
+        info = self._put_manifest(step, data, before)
+        self._confirm(step, seal, info)
         return sent
 
     def _check_epoch(self, before: Published | None) -> None:
-        """Raise `RunHeldError` where a newer epoch than ours has published."""
+        """Raise `RunHeldError` where a newer epoch than ours has published or claimed this step."""
         lease = self.catalogue.lease
-        if lease is not None and before is not None and before.epoch > lease.epoch:
+        if lease is not None and before is not None and before.owner > lease.epoch:
             raise lease.lose()
 
-    def _is_there(self, step: int, local: Seal, before: Published, view: View, own: bool) -> bool:
-        """Whether the bucket has this checkpoint already, and nobody who is not to may delete it."""
+    def _is_there(self, step: int, local: Seal, before: Published, view: View) -> bool:
+        """Whether the bucket has this checkpoint already."""
         if before.seal is None or not view.counts(step) or not before.seal.holds_the_same(local):
             return False
-        if not view.complete(step, before.seal) or not self.catalogue.verify(step, before):
-            return False
-        # a worker that was taken for dead might prune this for later ones, that do not count any more
-        return before.epoch == self.catalogue.epoch or (max(view.manifests) == step and not own)
+        return view.complete(step, before.seal) and self.catalogue.verify(step, before)
+
+    def _claim(self, step: int, before: Published) -> None:
+        """Keep what an older epoch published from all that were taken for dead.
+
+        They know the manifest by its version, and it becomes another: they can neither delete nor replace it, nor
+        delete what it names.
+        """
+        catalogue, key = self.catalogue, self.catalogue.keys.manifest(step)
+        if catalogue.lease is None or before.owner == catalogue.epoch or before.seal is None:
+            catalogue.ensure(fresh=True)
+            return
+        catalogue.ensure()
+        try:
+            info = catalogue.store.put(key, claimed(before.data, catalogue.epoch), if_version=before.version)
+        except (PreconditionFailed, ObjectNotFound) as error:
+            where = f"{catalogue.store.url}/{key}"
+            raise TransientError("somebody else changed the manifest meanwhile", where=where) from error
+        self._confirm(step, before.seal, info)
 
     # --- what is sent ----------------------------------------------------------------------------------------
 
@@ -186,29 +197,22 @@ class Publisher:
 
     # --- the manifest ----------------------------------------------------------------------------------------
 
-    def _put_manifest(self, step: int, data: bytes, before: Published | None) -> tuple[ObjectInfo, Published | None]:
-        """Write the manifest where there is none, or over that of an older epoch, which is returned too."""
+    def _put_manifest(self, step: int, data: bytes, before: Published | None) -> ObjectInfo:
+        """Write the manifest where there is none, or over that of an older epoch."""
         catalogue, key = self.catalogue, self.catalogue.keys.manifest(step)
         for _ in range(_ATTEMPTS):
             catalogue.ensure()
             if catalogue.lease is None:
-                return catalogue.store.put(key, data), before
+                return catalogue.store.put(key, data)
             try:
                 if before is None:
-                    return catalogue.store.put(key, data, if_absent=True), None
-                return catalogue.store.put(key, data, if_version=before.version), before
+                    return catalogue.store.put(key, data, if_absent=True)
+                return catalogue.store.put(key, data, if_version=before.version)
             except (PreconditionFailed, ObjectNotFound):
                 # one that was taken for dead wrote it meanwhile: or we are the one
                 before = catalogue.manifest(step)
                 self._check_epoch(before)
         raise TransientError("the manifest keeps changing", where=f"{catalogue.store.url}/{key}")
-
-    def _put_back(self, step: int, replaced: Published | None, info: ObjectInfo) -> None:
-        """Undo what was written after the lease was lost: the new holder may have swept what our manifest names."""
-        if replaced is not None and replaced.seal is not None:
-            with contextlib.suppress(StorageError):
-                key = self.catalogue.keys.manifest(step)
-                self.catalogue.store.put(key, replaced.data, if_version=info.version)
 
     def _confirm(self, step: int, seal: Seal, info: ObjectInfo) -> None:
         catalogue = self.catalogue

@@ -30,8 +30,13 @@ class Published:
 
     @property
     def epoch(self) -> int:
-        """Whose it is; 0 where that cannot be read."""
+        """Who published it; 0 where that cannot be read."""
         return self.seal.lease_epoch if self.seal is not None else 0
+
+    @property
+    def owner(self) -> int:
+        """The newest epoch that published or claimed it: no older one may change it."""
+        return max(self.seal.lease_epoch, self.seal.claimed_by) if self.seal is not None else 0
 
     @property
     def full(self) -> bool:
@@ -121,12 +126,18 @@ def for_the_bucket(manifest: bytes, epoch: int, beside: Mapping[str, FileEntry])
     return (json.dumps({**json.loads(manifest), "lease_epoch": epoch, "beside": named}, indent=1) + "\n").encode()
 
 
+def claimed(manifest: bytes, epoch: int) -> bytes:
+    """A manifest of the bucket as this epoch, which goes on from it, holds on to it."""
+    return (json.dumps({**json.loads(manifest), "claimed_by": epoch}, indent=1) + "\n").encode()
+
+
 def for_the_disk(manifest: bytes) -> bytes:
     """A manifest of the bucket without what only the bucket's has."""
     document = json.loads(manifest)
-    if document.pop("beside", None) is None:
+    if not {"beside", "claimed_by"} & document.keys():
         return manifest
-    return (json.dumps(document, indent=1) + "\n").encode()
+    kept = {name: value for name, value in document.items() if name not in ("beside", "claimed_by")}
+    return (json.dumps(kept, indent=1) + "\n").encode()
 
 
 @dataclass

@@ -125,7 +125,7 @@ class Retention:
 
     def _may(self, published: Published) -> bool:
         """Whether a manifest is ours or an older epoch's; without a lease all are."""
-        return self.catalogue.lease is None or published.epoch <= self.catalogue.epoch
+        return self.catalogue.lease is None or published.owner <= self.catalogue.epoch
 
     def _newest_verified(self, view: View) -> int | None:
         """The newest step that a resume would find right."""

@@ -246,7 +246,7 @@ class RunSync:
         takes over meanwhile goes on from none of them. What is not done after an error, the next call does.
         """
         if (self.paths.step(step) / MANIFEST).exists():
-            self._publisher.publish(step, own=True)
+            self._publisher.publish(step)
         if self.catalogue.lease is not None:
             self.catalogue.lease.began(step)
         return self._retention.set_aside_after(step)

@@ -35,11 +35,13 @@ class Seal(BaseModel):
 
     files: dict[str, FileEntry]
     # what else manifests of checkpoints have: tensors that never change, kept once for all steps; whether all that a
-    # resume needs is there ("full"); in the bucket, whose files these are, and what belongs beside the checkpoint
+    # resume needs is there ("full"); in the bucket, whose files these are, what belongs beside the checkpoint, and who
+    # goes on from it
     shared: dict[str, FileEntry] = Field(default_factory=dict)
     kind: str = "full"
     lease_epoch: int = Field(default=0, ge=0)
     beside: dict[str, FileEntry] = Field(default_factory=dict)
+    claimed_by: int = Field(default=0, ge=0)
 
     @property
     def bytes(self) -> int:
