@@ -1,6 +1,7 @@
 """Problems as token ids: what is trained on, and what never is."""
 
 import json
+import math
 import shutil
 
 import numpy as np
@@ -8,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wmtp_worker.data.mbpp import Problem
 from wmtp_worker.data.packing import IGNORE, collate
+from wmtp_worker.data.problems import Problem, Solution
 from wmtp_worker.data.template import prompt
-from wmtp_worker.data.tokenizer import PACKAGED, Sample, digest, encode, load_tokenizer
+from wmtp_worker.data.tokenizer import PACKAGED, Sample, digest, encode, encode_all, load_tokenizer
 from wmtp_worker.errors import InputError
 
 TOKENIZER = load_tokenizer(PACKAGED)
@@ -26,8 +27,8 @@ texts = st.lists(
 ).map("".join)
 
 
-def problem(code: str = "def f():\n    return 1\n", **changes: object) -> Problem:
-    return Problem(task_id=1, **{"text": "Write f.", "test_list": ["assert f() == 1"], "code": code, **changes})
+def problem(code: str = "def f():\n    return 1\n", text: str = "Write f.", test: str = "assert f() == 1") -> Problem:
+    return Problem(id="1", statement=text, context=test, solutions=[Solution(code=code, correct=True)])
 
 
 def decode(ids: list[int]) -> str:
@@ -41,7 +42,7 @@ def labels_of(sample: Sample, length: int = 400) -> list[int]:
 @given(code=texts, text=texts, test=texts)
 @settings(deadline=None, max_examples=60)
 def test_sample_is_bos_prompt_response_eos(code, text, test):
-    asked = problem(code, text=text, test_list=[test])
+    asked = problem(code, text, test)
     sample = encode(TOKENIZER, asked)
     ids = sample.ids.tolist()
     assert sample.ids.dtype == np.int32
@@ -55,7 +56,7 @@ def test_sample_is_bos_prompt_response_eos(code, text, test):
 @given(code=texts, text=texts)
 @settings(deadline=None, max_examples=60)
 def test_loss_covers_response_and_eos_and_nothing_else(code, text):
-    sample = encode(TOKENIZER, problem(code, text=text))
+    sample = encode(TOKENIZER, problem(code, text))
     length = len(sample.ids) + 5
     labels = labels_of(sample, length)
     assert labels[: sample.prompt_length] == [IGNORE] * sample.prompt_length
@@ -79,6 +80,34 @@ def test_prompt_is_the_same_tokens_whatever_the_response():
     one, other = encode(TOKENIZER, problem("\n\nx")), encode(TOKENIZER, problem("def f(): pass"))
     assert one.prompt_length == other.prompt_length
     assert one.ids[: one.prompt_length].tolist() == other.ids[: other.prompt_length].tolist()
+
+
+def solved(*solutions: Solution) -> Problem:
+    return Problem(id="1", statement="Write f.", solutions=list(solutions))
+
+
+SOLUTIONS = (
+    Solution(code="a = 1", correct=False),
+    Solution(code="a = 2", correct=True),
+    Solution(code="a = 3"),
+    Solution(code="int a = 4;", correct=True, language="cpp"),
+    Solution(code="a = 5", correct=True),
+)
+
+
+@pytest.mark.parametrize(
+    ("solutions", "expected"),
+    [("correct", {"a = 2": 1.0, "a = 5": 1.0}), ("all", {"a = 1": 0.0, "a = 2": 1.0, "a = 5": 1.0})],
+)
+def test_known_solutions_in_python_become_samples_of_their_problem(solutions, expected):
+    samples = list(encode_all(TOKENIZER, solved(*SOLUTIONS), 7, solutions))
+    assert {decode(sample.ids[sample.prompt_length : -1].tolist()): sample.reward for sample in samples} == expected
+    assert {sample.problem for sample in samples} == {7}
+
+
+def test_a_solution_nobody_has_judged_has_no_reward():
+    assert math.isnan(encode(TOKENIZER, solved(), Solution(code="x")).reward)
+    assert list(encode_all(TOKENIZER, solved(Solution(code="x")), 0, "all")) == []
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ import os
 from importlib.resources import files
 from pathlib import Path
 
-from wmtp_worker.data.mbpp import split_files
+from wmtp_worker.data.files import sha256
+from wmtp_worker.data.formats import files_of
 from wmtp_worker.data.tokenizer import PACKAGED as PACKAGED_TOKENIZER
 from wmtp_worker.errors import InputError
 from wmtp_worker.settings import Settings
@@ -55,8 +56,8 @@ def candidates(workdir: Path, wanted: str, kind: AssetKind, alone: str = "") -> 
 def dataset_digest(folder: Path) -> str:
     """SHA-256 (hex) over the files that training and validation are read from."""
     total = hashlib.sha256()
-    for path in split_files(folder, ("train", "validation")):
-        total.update(hashlib.sha256(path.read_bytes()).digest())
+    for path in files_of(folder, ("train", "validation")):
+        total.update(bytes.fromhex(sha256(path)))
     return total.hexdigest()
 
 

@@ -7,6 +7,7 @@ import typer
 from wmtp_worker import __version__
 from wmtp_worker.cli.assets import app as assets_app
 from wmtp_worker.cli.checkpoints import app as checkpoints_app
+from wmtp_worker.cli.data import app as data_app
 from wmtp_worker.cli.doctor import doctor
 from wmtp_worker.cli.evaluate import evaluate
 from wmtp_worker.cli.settings import app as settings_app
@@ -25,6 +26,7 @@ app.command()(train)
 app.command()(evaluate)
 app.add_typer(checkpoints_app, name="checkpoints")
 app.add_typer(assets_app, name="assets")
+app.add_typer(data_app, name="data")
 app.add_typer(sync_app, name="sync")
 app.command()(doctor)
 app.add_typer(settings_app, name="settings")
@@ -53,6 +55,8 @@ def wmtp(
     wmtp checkpoints ls baseline-smoke      [dim]what is saved of it[/dim]
 
     wmtp assets push ./my-model             [dim]a model that every worker finds[/dim]
+
+    wmtp data label mbpp.jsonl pairs        [dim]which solutions are right, by running them[/dim]
 
     wmtp sync pull s3://bucket/logs logs    [dim]copy what differs, either way[/dim]
 

@@ -4,15 +4,18 @@ Each sample of a row is a segment with its own number; positions start at 0 in e
 segment (`model.mtp.packed_attention_mask`), and no label crosses from one into the next (`training.loss.mtp_labels`).
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from wmtp_worker.data.tokenizer import Sample
 
 IGNORE = -100
 PADDING_SEGMENT = 0
+Column = Sequence[npt.NDArray[np.float32]]
 # rows kept open while packing: bounds the search, costs next to no space
 _OPEN_ROWS = 64
 
@@ -22,17 +25,27 @@ class Batch:
     """Rows of packed samples; every tensor is int64 of shape [rows, sequence_length].
 
     `labels`: the token itself where it belongs to a response, else -100 (not shifted). `segment_ids`: 1, 2, … for the
-    samples of a row, 0 for padding. `position_ids`: restart at 0 in each segment.
+    samples of a row, 0 for padding. `position_ids`: restart at 0 in each segment. `columns`: what else is known of each
+    token, by name, float32 of the same shape; 0 in padding.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     position_ids: torch.Tensor
     segment_ids: torch.Tensor
+    columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "Batch":
-        tensors = (self.input_ids, self.labels, self.position_ids, self.segment_ids)
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return Batch(
+            move(self.input_ids),
+            move(self.labels),
+            move(self.position_ids),
+            move(self.segment_ids),
+            {name: move(column) for name, column in self.columns.items()},
+        )
 
     @property
     def real_tokens(self) -> int:
@@ -82,3 +95,12 @@ def collate(rows: Sequence[Sequence[Sample]], sequence_length: int, pad_id: int)
         # padding has positions of its own, so that rotary embeddings stay in range
         position_ids[number, start:] = torch.arange(sequence_length - start)
     return Batch(input_ids, labels, position_ids, segment_ids)
+
+
+def collate_column(rows: Sequence[Column], sequence_length: int) -> torch.Tensor:
+    """One number a token, laid out as `collate` lays out the tokens: float32 [rows, sequence_length], 0 in padding."""
+    column = torch.zeros((len(rows), sequence_length))
+    for number, row in enumerate(rows):
+        values = torch.from_numpy(np.concatenate(row, dtype=np.float32, casting="same_kind"))
+        column[number, : len(values)] = values
+    return column

@@ -1,16 +1,18 @@
 """The tokenizer, and problems turned into token ids."""
 
 import hashlib
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from wmtp_worker.data.mbpp import Problem
-from wmtp_worker.data.template import prompt, response
+from wmtp_worker.data.problems import Problem, Solution
+from wmtp_worker.data.template import prompt
 from wmtp_worker.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,10 +23,16 @@ PACKAGED = Path(str(files("wmtp_worker") / "data" / "tokenizer"))
 
 @dataclass(frozen=True)
 class Sample:
-    """One problem as tokens: `ids` int32 of shape [length], of which the first `prompt_length` are not trained on."""
+    """One solution as tokens: `ids` int32 of shape [length], of which the first `prompt_length` are not trained on.
+
+    `problem` numbers what it solves, the same for all solutions of one problem; `reward` is 1 for a correct solution,
+    0 for an incorrect one, NaN where that is not known.
+    """
 
     ids: npt.NDArray[np.int32]
     prompt_length: int
+    problem: int = 0
+    reward: float = math.nan
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
@@ -64,12 +72,30 @@ def digest(folder: Path) -> str:
     return total.hexdigest()
 
 
-def encode(tokenizer: "PreTrainedTokenizerFast", problem: Problem) -> Sample:
-    """`<s> prompt response </s>`; prompt and response are tokenised apart, so that no token spans the border."""
+def encode(
+    tokenizer: "PreTrainedTokenizerFast", problem: Problem, solution: Solution | None = None, number: int = 0
+) -> Sample:
+    """`<s> prompt response </s>` of a solution of problem `number`; without one, of the problem's first.
+
+    Prompt and response are tokenised apart, so that no token spans the border.
+    """
+    solution = solution or problem.solutions[0]
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     # a "</s>" inside somebody's code is text, not the end of the response
     as_text = {"add_special_tokens": False, "split_special_tokens": True}
     prompt_ids = bos + tokenizer(prompt(problem), **as_text)["input_ids"]
-    response_ids = tokenizer(response(problem), **as_text)["input_ids"]
+    response_ids = tokenizer(solution.code, **as_text)["input_ids"]
     ids = np.asarray([*prompt_ids, *response_ids, tokenizer.eos_token_id], dtype=np.int32)
-    return Sample(ids, len(prompt_ids))
+    return Sample(ids, len(prompt_ids), number, math.nan if solution.correct is None else float(solution.correct))
+
+
+def encode_all(
+    tokenizer: "PreTrainedTokenizerFast",
+    problem: Problem,
+    number: int,
+    solutions: Literal["correct", "all"] = "correct",
+) -> Iterator[Sample]:
+    """The problem's Python (or math) solutions that are known to be correct, or all whose label is known, in order."""
+    for solution in problem.solutions:
+        if solution.language == "python" and (solution.correct or (solutions == "all" and solution.correct is False)):
+            yield encode(tokenizer, problem, solution, number)

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -18,9 +18,8 @@ from wmtp_worker.checkpoint.ledger import Ledger
 from wmtp_worker.checkpoint.optimizer import expected_tensors, load_optimizer, optimizer_tensors
 from wmtp_worker.checkpoint.restore import Checkpoint
 from wmtp_worker.checkpoint.snapshot import MODEL, OPTIMIZER, Snapshot, split_frozen
-from wmtp_worker.data.packing import Batch, collate
-from wmtp_worker.data.sampler import PackedSampler, Position
-from wmtp_worker.data.tokenizer import Sample
+from wmtp_worker.data.dataset import Dataset
+from wmtp_worker.data.sampler import Position
 from wmtp_worker.errors import InputError, TrainingDiverged, WorkerError
 from wmtp_worker.host.stop import StopRequest
 from wmtp_worker.model.loading import load_tensors, tensors
@@ -74,26 +73,6 @@ class State:
     progress: Progress
     threads: int
     device: str
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Tokenized samples and how they are cut into batches."""
-
-    samples: list[Sample]
-    sampler: PackedSampler
-    sequence_length: int
-    pad_id: int
-
-    def batch(self, rows: list[list[int]]) -> Batch:
-        return collate([[self.samples[i] for i in row] for row in rows], self.sequence_length, self.pad_id)
-
-    def epoch(self, rows_per_batch: int, max_batches: int = 0) -> Iterator[Batch]:
-        """One pass in the order of epoch 0: the same batches every time, as validation wants them."""
-        rows = self.sampler.rows(0)
-        starts = range(0, len(rows), rows_per_batch)
-        for start in starts[: max_batches or None]:
-            yield self.batch(rows[start : start + rows_per_batch])
 
 
 @dataclass

@@ -9,10 +9,12 @@ import torch
 
 from wmtp_worker.assets.resolve import dataset_digest, dataset_folder, model_folder, tokenizer_folder
 from wmtp_worker.checkpoint.restore import find
-from wmtp_worker.data.mbpp import Split, read_split
+from wmtp_worker.data.dataset import Dataset
+from wmtp_worker.data.formats import read_split
+from wmtp_worker.data.problems import Split
 from wmtp_worker.data.sampler import PackedSampler
 from wmtp_worker.data.tokenizer import digest as tokenizer_digest
-from wmtp_worker.data.tokenizer import encode, load_tokenizer
+from wmtp_worker.data.tokenizer import Sample, encode_all, load_tokenizer
 from wmtp_worker.errors import DiskFullError, InputError
 from wmtp_worker.host.device import make_deterministic, resolve_device, set_threads
 from wmtp_worker.host.limits import disk_free
@@ -24,7 +26,7 @@ from wmtp_worker.storage.atomic import set_aside
 from wmtp_worker.storage.layout import RunPaths
 from wmtp_worker.tracking.heartbeat import Heartbeat
 from wmtp_worker.training.bucket import RunBucket
-from wmtp_worker.training.session import Dataset, Session
+from wmtp_worker.training.session import Session
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -91,10 +93,16 @@ def load_split(
 ) -> Dataset:
     """Read and tokenize one split; `poll` is called before each sample and may raise to stop. Raises `InputError`."""
     limit = settings.data.sequence_length
-    samples = []
-    for problem in read_split(folder, split):
+    samples: list[Sample] = []
+    for number, problem in enumerate(read_split(folder, split)):
         poll()
-        samples.append(encode(tokenizer, problem))
+        samples += encode_all(tokenizer, problem, number)
+    if not samples:
+        raise InputError(
+            f"no {split} problem has a correct Python solution",
+            where=str(folder),
+            fix="label them by running them: wmtp data label DATA FOLDER",
+        )
     fitting = [sample for sample in samples if len(sample.ids) <= limit]
     if not fitting:
         raise InputError(

@@ -1,0 +1,166 @@
+"""Where the files of a data set lie, and their records, one at a time.
+
+JSON lines, plain or compressed (`.gz`, `.zst`), and Parquet; no file is ever held in memory. A split is `train.jsonl`
+or several `train-….jsonl`, with any of the endings, in the folder or in its `data/`; else the folder's only file.
+"""
+
+import codecs
+import gzip
+import hashlib
+import io
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from pydantic import ValidationError
+
+from wmtp_worker.data.problems import SPLITS, Record, Split, expected_keys
+from wmtp_worker.errors import InputError
+
+MBPP_FILE = "mbpp.jsonl"
+_ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+_NAMES: dict[str, Split] = {"train": "train", "validation": "validation", "valid": "validation", "test": "test"}
+_LONGEST = 1 << 28  # bytes of one record: no memory holds a file without line ends
+_ROWS = 16
+
+
+def single_file(folder: Path) -> Path | None:
+    """The one file of a data set that has only one, for all of its splits."""
+    if folder.is_file():
+        return folder
+    if (folder / MBPP_FILE).is_file():
+        return folder / MBPP_FILE
+    if any(own_files(folder, split) for split in SPLITS):
+        return None
+    paths = _data_files(folder)
+    return paths[0] if len(paths) == 1 else None
+
+
+def own_files(folder: Path, split: Split) -> list[Path]:
+    """The files named after a split, in order; empty if there are none."""
+    for place in (folder, folder / "data"):
+        if paths := [path for path in _data_files(place) if split_of(path) == split]:
+            return paths
+    return []
+
+
+def split_of(path: Path) -> Split | None:
+    """The split that a file is named after: `valid-00000-of-00001.parquet` is one of "validation"."""
+    stem = next((path.name.removesuffix(ending) for ending in _ENDINGS if path.name.endswith(ending)), path.name)
+    return _NAMES.get(stem.split("-")[0])
+
+
+def missing(folder: Path, split: Split) -> InputError:
+    return InputError(
+        f"no {split}.jsonl and no {MBPP_FILE}",
+        where=f"dataset folder {folder}",
+        fix="put files of a known format there (docs/data.md), or set data.dataset to another name or path",
+    )
+
+
+def _data_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*") if path.name.endswith(_ENDINGS) and path.is_file())
+
+
+def sha256(path: Path) -> str:
+    """In hex, of the file as it lies there."""
+    with _reading(path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def records(path: Path) -> Iterator[tuple[bytes | dict[str, Any], str]]:
+    """Each line (as bytes) or row (as a dict), and where it stands, for errors. Raises `InputError`."""
+    with _reading(path):
+        yield from _rows(path) if path.suffix == ".parquet" else _lines(path)
+
+
+Kind = TypeVar("Kind", bound=Record)
+
+
+def parse(kind: type[Kind], record: bytes | dict[str, Any], where: str) -> Kind:
+    """Raises `InputError` with `where` for an empty or malformed line, and for one that is not UTF-8."""
+    try:
+        if isinstance(record, dict):
+            return kind.model_validate(record)
+        return kind.model_validate_json(text_of(record, where))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise InputError(
+            f"malformed problem: {key + ': ' if key else ''}{first['msg']}", where=where, fix=expected_keys(kind)
+        ) from None
+
+
+def text_of(line: bytes, where: str) -> str:
+    """Raises `InputError` for an empty line, and for one that is not UTF-8."""
+    if not line.strip():
+        raise InputError("empty line", where=where, fix="remove the line: one JSON object a line")
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"not UTF-8 text: {error.reason}", where=where, fix="save the file as UTF-8") from None
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, str]]:
+    number = 0
+    with _opened(path) as file:
+        # not `for line in file`: a file without line ends must not fill the memory
+        while line := file.readline(_LONGEST):
+            number += 1
+            where = f"{path}, line {number}"
+            if len(line) == _LONGEST:
+                raise InputError(f"a line of {_LONGEST >> 20} MB or more", where=where, fix="one JSON object a line")
+            if number > 1 or (line := line.removeprefix(codecs.BOM_UTF8)):
+                yield line, where
+
+
+def _opened(path: Path) -> "gzip.GzipFile | IO[bytes]":
+    if path.suffix == ".gz":
+        return gzip.open(path)
+    if path.suffix == ".zst":
+        return io.BufferedReader(_pyarrow("pyarrow", path).input_stream(str(path), compression="zstd"))
+    return path.open("rb")
+
+
+def _rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    parquet = _pyarrow("pyarrow.parquet", path)
+    number = 0
+    # a row group is not read ahead: one of Code Contests' is most of a gigabyte
+    with parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+        for batch in file.iter_batches(batch_size=_ROWS, use_threads=False):
+            for row in batch.to_pylist():
+                number += 1
+                yield row, f"{path}, row {number}"
+
+
+def _pyarrow(module: str, path: Path) -> Any:
+    try:
+        return import_module(module)
+    except ImportError:
+        raise InputError(
+            f"{path.suffix} files are read by pyarrow, which is not installed",
+            where=str(path),
+            fix="pip install 'wmtp-worker[parquet]', or convert the file to JSON lines (.jsonl, .jsonl.gz)",
+        ) from None
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What the operating system or a decompressor says of a file, as an `InputError`."""
+    try:
+        yield
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(f"damaged: {error}", where=str(path), fix="fetch the file again") from None
+    except OSError as error:
+        if error.strerror is None:  # pyarrow's, for what it cannot decompress
+            raise InputError(f"damaged: {error}", where=str(path), fix="fetch the file again") from None
+        raise InputError(
+            f"cannot be read: {error.strerror}", where=str(path), fix="give the worker's user read access"
+        ) from None
+    except ValueError as error:
+        if type(error).__module__.startswith("pyarrow"):
+            raise InputError(f"damaged: {error}", where=str(path), fix="fetch the file again") from None
+        raise
