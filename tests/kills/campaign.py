@@ -20,6 +20,7 @@ from tests.servers.base import Server
 
 LIMIT = 120.0  # seconds for any one process
 SETTINGS = (
+    "checkpoint.buffers=2",
     # what is struck is the same with half of the work between the saves
     "training.accumulation=1",
     "evaluation.max_batches=1",

@@ -16,11 +16,15 @@ from wmtp_worker.errors import Interrupted
 from wmtp_worker.host.stop import StopRequest
 
 PACKAGE = str(Path(wmtp_worker.__file__).parent)
-MOMENTS = 20
+MOMENTS = 12
 
 
 class Killed(BaseException):
     """Like SIGKILL, nothing in the worker may catch it."""
+
+
+# in the middle of what torch's writer of zip files calls, that ends with an error of its own
+KILLED = (Killed, RuntimeError)
 
 
 class LineCounter:
@@ -75,7 +79,7 @@ def moments(kind: str) -> list[int]:
 @pytest.mark.parametrize("moment", moments("kill"))
 def test_killed_at_a_random_line(moment, reference, tiny_run, run_record, tmp_path):
     expected, lines = reference
-    with LineCounter(moment % lines + 1, _kill), pytest.raises(Killed):
+    with LineCounter(moment % lines + 1, _kill), pytest.raises(KILLED):
         tiny_run(tmp_path)
     tiny_run(tmp_path)
     assert run_record(tmp_path) == expected

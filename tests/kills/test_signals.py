@@ -2,41 +2,33 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
+from tests.kills.processes import Worker
 from wmtp_worker.storage.layout import RunPaths
 
-LIMIT = 120
+LIMIT = 120.0
 
 
 @pytest.fixture
 def command(tmp_path, tiny_settings):
-    """Start `wmtp train` of a run that would last minutes."""
-    processes = []
+    """`command(fork=…)`: start `wmtp train` of a run that would last minutes."""
+    workers = []
 
-    def start() -> subprocess.Popen[str]:
-        settings = [*tiny_settings, "training.max_steps=100000", "checkpoint.every=50000", "evaluation.every=0"]
-        arguments = [part for setting in settings for part in ("--set", setting)]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "wmtp_worker", "train", "--run-name", "tiny", *arguments],
-            env={**os.environ, "WMTP_WORKDIR": str(tmp_path)},
-            cwd=tmp_path,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        processes.append(process)
-        return process
+    def start(*, fork: bool) -> Worker:
+        settings = (*tiny_settings, "training.max_steps=100000", "checkpoint.every=50000", "evaluation.every=0")
+        workers.append(Worker(tmp_path, settings, tmp_path / "output.txt", {}, fork=fork))
+        return workers[-1]
 
     yield start
-    for process in processes:
-        process.kill()
-        process.wait()
-        process.stdout.close()
+    for worker in workers:
+        worker.kill()
+
+
+def said(tmp_path) -> str:
+    return (tmp_path / "output.txt").read_text()
 
 
 def wait_for_steps(paths: RunPaths, count: int) -> None:
@@ -48,36 +40,35 @@ def wait_for_steps(paths: RunPaths, count: int) -> None:
     raise AssertionError(f"no {count} steps within {LIMIT} s")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_while_training_saves(number, command, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "fork"), [(signal.SIGTERM, False), (signal.SIGINT, True), (signal.SIGHUP, True)], ids=str
+)
+def test_a_signal_while_training_saves(number, fork, command, tmp_path):
     paths = RunPaths(tmp_path, "tiny")
-    process = command()
+    process = command(fork=fork)
     wait_for_steps(paths, 3)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=LIMIT)
-    assert process.returncode == 75, output
+    os.kill(process.pid, number)
+    assert process.wait(LIMIT) == 75, said(tmp_path)
     (checkpoint,) = paths.checkpoints.glob("step_*")
-    assert f"saved: {checkpoint}" in output
-    assert "Traceback" not in output
+    assert f"saved: {checkpoint}" in said(tmp_path)
+    assert "Traceback" not in said(tmp_path)
     assert paths.metrics.read_bytes().count(b"\n") == int(checkpoint.name.removeprefix("step_"))
 
 
 @pytest.mark.parametrize("delay", [0.4, 2.5])
 def test_a_signal_while_modules_load(delay, command, tmp_path):
-    process = command()
+    process = command(fork=False)
     time.sleep(delay)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=LIMIT)
-    assert process.returncode == 75, output
-    assert "Traceback" not in output
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(LIMIT) == 75, said(tmp_path)
+    assert "Traceback" not in said(tmp_path)
 
 
 def test_a_second_signal_ends_at_once(command, tmp_path):
-    process = command()
+    process = command(fork=True)
     wait_for_steps(RunPaths(tmp_path, "tiny"), 3)
-    process.send_signal(signal.SIGSTOP)  # both arrive before it can act on the first
-    process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGCONT)
-    process.communicate(timeout=LIMIT)
-    assert process.returncode in (128 + signal.SIGTERM, 128 + signal.SIGINT)
+    os.kill(process.pid, signal.SIGSTOP)  # both arrive before it can act on the first
+    os.kill(process.pid, signal.SIGTERM)
+    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, signal.SIGCONT)
+    assert process.wait(LIMIT) in (128 + signal.SIGTERM, 128 + signal.SIGINT)

@@ -47,7 +47,8 @@ def test_a_new_machine_goes_on_from_the_bucket(provider, request, tiny_settings,
         shutil.rmtree(workdir)
     last = tmp_path / "last-machine"
     last.mkdir()
-    assert start(last, fork=False).wait(LIMIT) == 0, said(last)
+    # one of them the real command, started anew
+    assert start(last, fork=provider != "directory").wait(LIMIT) == 0, said(last)
     assert "fetched step_" in said(last)
     tiny_run(tmp_path / "reference")
     assert run_record(last) == run_record(tmp_path / "reference")
