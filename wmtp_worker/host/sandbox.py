@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
 import wmtp_worker
-from wmtp_worker.errors import InputError
+from wmtp_worker.errors import InputError, printable
 from wmtp_worker.host.limits import cpu_limit
 from wmtp_worker.host.sandbox_confine import ALL
 from wmtp_worker.host.sandbox_judge import OTHER_OUTPUT, receive, send
@@ -139,7 +139,8 @@ class Sandbox:
                 fix="use Linux 5.13 or newer, or the image with Docker's own seccomp profile; or, for code that you "
                 "trust, --weak-sandbox",
             )
-        return Result(answer["status"], answer["detail"], answer["cpu_seconds"], tuple(answer["held"]))
+        detail = printable(" ".join(answer["detail"].split()))  # words of strange code
+        return Result(answer["status"], detail, answer["cpu_seconds"], tuple(answer["held"]))
 
     def map(
         self, function: Callable[[Item], Answer], items: Iterable[Item], poll: Callable[[], None] = lambda: None

@@ -217,9 +217,9 @@ def _printed(job: dict[str, Any], null: int) -> dict[str, Any] | None:
             os.close(descriptor)
         deadline = time.monotonic() + job["wall_seconds"]
         output, words, intime = _converse(feed, given.encode(), read, complaints, deadline, job["output"])
-        if intime:
+        if intime and output is not None:
             _wait(child, deadline)
-        intime = intime and child.ended()
+            intime = child.ended()
         child.end()
         total += child.cpu_seconds
         expected = receive(0)["output"]
