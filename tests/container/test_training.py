@@ -18,6 +18,7 @@ RUN = (
     "--set=evaluation.every=0",
     "--set=evaluation.max_batches=2",
     f"--set=checkpoint.every={EVERY}",
+    "--set=checkpoint.lease_seconds=3",
     "--set=host.threads=1",
 )
 

@@ -12,6 +12,7 @@ from wmtp_worker.storage.layout import RunPaths
 
 KILLS = 2
 LIMIT = 120.0  # seconds for any one process
+LEASE = ("checkpoint.lease_seconds=3",)  # what a new machine waits for
 
 
 def said(workdir: Path) -> str:
@@ -36,7 +37,7 @@ def test_a_new_machine_goes_on_from_the_bucket(provider, request, tiny_settings,
     generator = random.Random(provider)
 
     def start(workdir: Path, *, fork: bool) -> Worker:
-        return Worker(workdir, tiny_settings, workdir.with_suffix(".txt"), variables, fork=fork)
+        return Worker(workdir, (*tiny_settings, *LEASE), workdir.with_suffix(".txt"), variables, fork=fork)
 
     for number, published in zip(range(KILLS), (3, 6), strict=True):
         workdir = tmp_path / f"machine{number}"
