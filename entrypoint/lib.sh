@@ -170,7 +170,8 @@ make_venv() {
     interruptible "$python" -m venv "$venv" || fail "$python -m venv failed" "the lines above say why"
   fi
   say "installing requirements/$kind.txt"
-  pip_install --require-hashes -r "$WMTP_ROOT/requirements/$kind.txt"
+  # the lock is complete but for torch, which some of it asks for
+  pip_install --no-deps --require-hashes -r "$WMTP_ROOT/requirements/$kind.txt"
   say "installing torch (200 MB to 3 GB)"
   pip_install -r "$WMTP_ROOT/requirements/torch.txt"
   pip_install --no-deps --no-build-isolation --editable "$WMTP_ROOT"

@@ -4,7 +4,8 @@
 #   scripts/lock.sh              keep the locked versions where the .in files still allow them
 #   scripts/lock.sh --upgrade    take the newest that fit; further arguments go to `uv pip compile`
 #
-# Where packages come from is pip's own configuration; no address is written into a lock.
+# Where packages come from is pip's own configuration; no address is written into a lock. Nor is torch, whoever asks for
+# it: elsewhere.txt takes it and its CUDA packages out.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/../requirements"
@@ -31,7 +32,7 @@ lock() {
   shift
   digest=$(cat "$@" | sha256sum | cut -d ' ' -f 1)
   "$uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
-    --no-emit-index-url --no-emit-find-links "${arguments[@]}" "$name.in" --output-file "$name.txt"
+    --no-emit-index-url --no-emit-find-links --override elsewhere.txt --no-emit-package torch "${arguments[@]}" "$name.in" --output-file "$name.txt"
   {
     echo "# made by scripts/lock.sh from $* (sha256 $digest)"
     grep -v '^# made by scripts/lock.sh' "$name.txt"
