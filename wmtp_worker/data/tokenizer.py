@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from wmtp_worker.data.problems import Problem, Solution
+from wmtp_worker.data.sentencepiece import TOKENIZER_MODEL, from_sentencepiece
 from wmtp_worker.data.template import prompt
 from wmtp_worker.errors import InputError
 
@@ -35,40 +36,64 @@ class Sample:
     reward: float = math.nan
 
 
-def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
-    """A fast tokenizer from a folder with `tokenizer.json`. Raises `InputError` where that cannot be."""
-    from transformers import PreTrainedTokenizerFast
+def load_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
+    """A fast tokenizer from `tokenizer.json`, SentencePiece's `tokenizer.model` or a GGUF file, in this order.
 
-    if not (folder / "tokenizer.json").is_file():
-        raise InputError(
-            "no tokenizer.json",
-            where=f"folder {folder}",
-            fix="set model.tokenizer to a folder that holds one",
-        )
+    `path`: a folder, or the GGUF file itself. Raises `InputError` where that cannot be.
+    """
     try:
-        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
+        tokenizer = _read(path)
+    except InputError:
+        raise
     except Exception as error:  # the tokenizers library raises bare Exception for a malformed file
-        raise InputError(
-            f"the tokenizer does not load: {error}",
-            where=f"folder {folder}",
-            fix="replace its tokenizer.json",
-        ) from error
+        raise InputError(f"the tokenizer does not load: {error}", where=str(path), fix="replace its files") from error
     if tokenizer.eos_token_id is None:
         raise InputError(
             "the tokenizer names no eos_token",
-            where=str(folder / "tokenizer_config.json"),
+            where=str(path / "tokenizer_config.json"),
             fix='add "eos_token": without it no response would ever end',
         )
     return tokenizer
 
 
-def digest(folder: Path) -> str:
+def _read(path: Path) -> "PreTrainedTokenizerFast":
+    from transformers import PreTrainedTokenizerFast
+
+    if (path / "tokenizer.json").is_file():
+        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(path)
+        return tokenizer
+    if (path / TOKENIZER_MODEL).is_file():
+        return from_sentencepiece(path / TOKENIZER_MODEL)
+    if found := tokenizer_files(path):  # of a GGUF there is one
+        from transformers import AutoTokenizer
+
+        folder, name = found[0].parent, found[0].name
+        made = AutoTokenizer.from_pretrained(folder, gguf_file=name, local_files_only=True)
+        return cast("PreTrainedTokenizerFast", made)
+    raise InputError(
+        f"no tokenizer.json, no {TOKENIZER_MODEL}",
+        where=f"folder {path}",
+        fix="set model.tokenizer to a folder that holds one",
+    )
+
+
+def tokenizer_files(path: Path) -> list[Path]:
+    """The files that `load_tokenizer` reads."""
+    # the two configuration files name bos and eos
+    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+    if (path / "tokenizer.json").is_file():
+        return [path / name for name in names if (path / name).is_file()]
+    if (path / TOKENIZER_MODEL).is_file():
+        return [path / TOKENIZER_MODEL]
+    return [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))[:1]
+
+
+def digest(path: Path) -> str:
     """SHA-256 (hex) of the tokenizer: two runs with equal digests see equal tokens."""
     total = hashlib.sha256()
-    # the two configuration files name bos and eos
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-        if (folder / name).is_file():
-            total.update(f"{name}\0{hashlib.sha256((folder / name).read_bytes()).hexdigest()}\n".encode())
+    for file in tokenizer_files(path):
+        with file.open("rb") as content:
+            total.update(f"{file.name}\0{hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
     return total.hexdigest()
 
 
