@@ -7,13 +7,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
+from tests.model.heads import IDS, head_logits
 from wmtp_worker.data.tokenizer import PACKAGED, load_tokenizer
 from wmtp_worker.errors import InputError
 from wmtp_worker.model.loading import base_digest, build, load, load_tensors, tensors
-from wmtp_worker.model.mtp import MTPForCausalLM, packed_attention_mask
+from wmtp_worker.model.mtp import MTPForCausalLM
 from wmtp_worker.settings import load as load_settings
-
-IDS = torch.arange(34).view(2, 17) * 7 % 64
 
 
 @pytest.fixture
@@ -27,14 +26,6 @@ def llama(config, tmp_path):
         return model, tmp_path / name
 
     return make
-
-
-def head_logits(model: MTPForCausalLM) -> list[torch.Tensor]:
-    """Every head's logits on two rows of one segment each."""
-    positions = torch.arange(IDS.shape[1]).expand_as(IDS)
-    with torch.no_grad():
-        trunk = model.trunk(IDS, positions, packed_attention_mask(torch.ones_like(IDS)))
-        return [model.head_logits(number, trunk) for number in range(1, model.heads + 1)]
 
 
 def plain_logits(model: LlamaForCausalLM) -> torch.Tensor:
@@ -139,20 +130,20 @@ def test_another_number_of_heads_is_refused(config, tmp_path, asked):
 # --- broken folders
 
 DAMAGES = {
-    "no folder content": (lambda folder: [path.unlink() for path in folder.iterdir()], "no config.json"),
-    "no config": (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+    "no folder content": (lambda folder: [path.unlink() for path in folder.iterdir()], "no layout that is known"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "no layout that is known"),
     "config cut": (lambda folder: (folder / "config.json").write_text('{"model_type": "lla'), "not JSON"),
     "config without end": (lambda folder: (folder / "config.json").write_text("[" * 100_000), "not JSON"),
-    "config no object": (lambda folder: (folder / "config.json").write_text("[1]"), "model_type is 'list'"),
+    "config no object": (lambda folder: (folder / "config.json").write_text("[1]"), "holds a list, not an object"),
     "not llama": (lambda folder: edit_config(folder, model_type="gpt2"), "model_type is 'gpt2', not 'llama'"),
-    "text for a number": (lambda folder: edit_config(folder, hidden_size="wide"), "does not load.*hidden_size"),
-    "heads do not divide": (lambda folder: edit_config(folder, num_attention_heads=5), "does not load.*multiple"),
-    "unknown activation": (lambda folder: edit_config(folder, hidden_act="zz"), "does not load.*'zz'"),
+    "text for a number": (lambda folder: edit_config(folder, hidden_size="wide"), "makes no model.*hidden_size"),
+    "heads do not divide": (lambda folder: edit_config(folder, num_attention_heads=5), "makes no model.*multiple"),
+    "unknown activation": (lambda folder: edit_config(folder, hidden_act="zz"), "makes no model.*'zz'"),
     "only pickled": (
         lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
         r"no \*\.safetensors",
     ),
-    "pickled, and other safetensors": (lambda folder: pickle_weights(folder), "does not load"),
+    "pickled, and other safetensors": (lambda folder: pickle_weights(folder), "no model.safetensors"),
     "missing tensor": (
         lambda folder: edit_weights(folder, lambda weights: weights.pop("model.norm.weight")),
         "1 tensors are missing, model.norm.weight",
@@ -171,7 +162,10 @@ DAMAGES = {
         ),
         "1 tensors are not part of the model .*q_proj.bias",
     ),
-    "other vocabulary": (lambda folder: edit_config(folder, vocab_size=65), "2 tensors are of another shape"),
+    "other vocabulary": (
+        lambda folder: edit_config(folder, vocab_size=65),
+        r"embed_tokens.weight has shape \[64, 32\], .* \[65, 32\]",
+    ),
 }
 
 
@@ -192,7 +186,7 @@ def test_truncated_weights_are_refused(llama, keep):
     path = folder / "model.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
-    with pytest.raises(InputError, match="does not load") as caught:
+    with pytest.raises(InputError, match="the weights do not load") as caught:
         load(folder, heads=2)
     assert str(folder) in caught.value.where
 
@@ -202,7 +196,7 @@ def test_missing_shard_is_refused(llama, gone):
     _, folder = llama(shard="20KB")
     [path] = folder.glob(gone)
     path.unlink()
-    with pytest.raises(InputError, match="does not load"):
+    with pytest.raises(InputError, match=f"no {path.name if gone.startswith('model-') else 'model.safetensors'}"):
         load(folder, heads=2)
 
 

@@ -10,6 +10,7 @@ from wmtp_worker.cli.checkpoints import app as checkpoints_app
 from wmtp_worker.cli.data import app as data_app
 from wmtp_worker.cli.doctor import doctor
 from wmtp_worker.cli.evaluate import evaluate
+from wmtp_worker.cli.models import app as models_app
 from wmtp_worker.cli.settings import app as settings_app
 from wmtp_worker.cli.sync import app as sync_app
 from wmtp_worker.cli.train import train
@@ -26,6 +27,7 @@ app.command()(train)
 app.command()(evaluate)
 app.add_typer(checkpoints_app, name="checkpoints")
 app.add_typer(assets_app, name="assets")
+app.add_typer(models_app, name="models")
 app.add_typer(data_app, name="data")
 app.add_typer(sync_app, name="sync")
 app.command()(doctor)
@@ -55,6 +57,8 @@ def wmtp(
     wmtp checkpoints ls baseline-smoke      [dim]what is saved of it[/dim]
 
     wmtp assets push ./my-model             [dim]a model that every worker finds[/dim]
+
+    wmtp models show work/models/smollm2    [dim]what a model is; convert: another layout[/dim]
 
     wmtp data label mbpp.jsonl pairs        [dim]which solutions are right, by running them[/dim]
 

@@ -1,17 +1,19 @@
 """Building the policy from settings, from a Llama-family folder, and from a checkpoint's tensors."""
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import LlamaConfig
-from transformers.utils import logging as transformers_logging
+from transformers.initialization import no_init_weights
 
 from wmtp_worker.errors import InputError
+from wmtp_worker.model.layouts import model_files, open_stored
+from wmtp_worker.model.lora import add_lora
 from wmtp_worker.model.mtp import MTPForCausalLM
+from wmtp_worker.model.stored import Stored
 from wmtp_worker.settings import Settings
 
 if TYPE_CHECKING:
@@ -41,98 +43,46 @@ def build(settings: Settings, tokenizer: "PreTrainedTokenizerFast") -> MTPForCau
         return MTPForCausalLM(config)
 
 
-def load(folder: Path, heads: int) -> MTPForCausalLM:
-    """An fp32 policy from a Llama-family folder (`config.json` and safetensors).
+def load(path: Path, heads: int) -> MTPForCausalLM:
+    """An fp32 policy from a model on the disk, in any layout that `open_stored` knows.
 
-    A folder without further heads gets them as copies of its last layer. A folder of ours has its own number of
-    heads, which must be `heads`. Raises `InputError` for another architecture, pickled weights, damaged files, and
-    tensors that are missing, left over or of another shape.
+    A model without further heads gets them as copies of its last layer. One that has some has its own number of heads,
+    which must be `heads`. Raises `InputError` for another architecture, pickled code, damaged files, and tensors that
+    are missing, left over or of another shape.
     """
-    config = _read_config(folder)
-    own_heads = config.get("n_future_tokens")
+    stored = open_stored(path)
+    own_heads = stored.config.get("n_future_tokens")
     if own_heads not in (None, heads):
         raise InputError(
             f"the model has {own_heads} heads, model.heads is {heads}",
-            where=str(folder / "config.json"),
+            where=str(stored.files[0]),
             fix=f"set model.heads={own_heads}",
         )
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        llama = LlamaConfig.from_pretrained(folder)
-        llama.update({"n_future_tokens": heads})
-        loaded: Any = MTPForCausalLM.from_pretrained(
-            folder,
-            config=llama,
-            dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
-            ignore_mismatched_sizes=True,  # told below, by name
-            output_loading_info=True,
-        )
-    except Exception as error:  # a broken folder raises anything: SafetensorError, KeyError, ImportError, …
-        reason = " ".join(str(error).split())  # some are several lines long
-        raise InputError(
-            f"the model does not load: {type(error).__name__}: {reason}",
-            where=f"folder {folder}",
-            fix="check or replace the folder's files",
-        ) from error
-    model: MTPForCausalLM = loaded[0]
+    with no_init_weights():  # drawing 7 billion numbers takes minutes
+        model = MTPForCausalLM(LlamaConfig.from_dict(stored.config | {"n_future_tokens": heads, "dtype": "float32"}))
+    model.tie_weights()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(stored.tensors[_stored_name(name, stored)])
     model.config.name_or_path = ""  # a path of this machine: it has no business in checkpoints
-    _check_tensors(loaded[1], folder, new_heads=own_heads is None)
-    if own_heads is None:
-        last = model.model.layers[-1].state_dict()
-        for head in model.extra_heads:
-            head.load_state_dict(last)
     return model
 
 
-def _check_tensors(info: dict[str, Any], folder: Path, new_heads: bool) -> None:
-    missing = {name for name in info["missing_keys"] if not (new_heads and name.startswith("extra_heads."))}
-    for wrong, names in {
-        "missing": missing,
-        "of another shape than config.json says": {name for name, *_ in info["mismatched_keys"]},
-        "not part of the model that config.json describes": set(info["unexpected_keys"]),
-    }.items():
-        if names:
-            raise InputError(
-                f"{len(names)} tensors are {wrong}, {min(names)} among them",
-                where=f"folder {folder}",
-                fix="check that config.json and all safetensors files are there and belong together",
-            )
+def _stored_name(name: str, stored: Stored) -> str:
+    """Where a tensor's first values come from: a further head that is new begins as a copy of the last layer."""
+    if name in stored.tensors:
+        return name
+    last = stored.config["num_hidden_layers"] - 1
+    return f"model.layers.{last}.{name.split('.', 2)[2]}"
 
 
-def _read_config(folder: Path) -> dict[str, object]:
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(
-            "no config.json",
-            where=f"model folder {folder}",
-            fix="set model.path to a Llama-family folder (config.json and *.safetensors), or a name under models/",
-        ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"not JSON: {error}", where=str(path), fix="replace the file") from None
-    if not isinstance(config, dict) or config.get("model_type") != "llama":
-        found = config.get("model_type") if isinstance(config, dict) else type(config).__name__
-        raise InputError(f"model_type is {found!r}, not 'llama'", where=str(path), fix="use a Llama-family checkpoint")
-    if not any(folder.glob("*.safetensors")):
-        raise InputError(
-            "no *.safetensors",
-            where=f"model folder {folder}",
-            fix="convert the weights to safetensors: pickled ones (*.bin) are never opened",
-        )
-    return config
-
-
-def base_digest(folder: Path, poll: Callable[[], None] = lambda: None) -> str:
-    """SHA-256 (hex) over config and weights of a model folder, in name order; `poll` is called before each file."""
+def base_digest(path: Path, poll: Callable[[], None] = lambda: None) -> str:
+    """SHA-256 (hex) over the files that make a model, in name order; `poll` is called before each file."""
     total = hashlib.sha256()
-    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+    for part in sorted(model_files(path)):
         poll()
-        with path.open("rb") as file:
-            total.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        with part.open("rb") as file:
+            total.update(f"{part.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return total.hexdigest()
 
 
@@ -145,6 +95,8 @@ def rebuild(config: dict[str, Any], saved: Mapping[str, torch.Tensor], where: st
     """The policy that was saved as `config` and tensors. Raises `InputError` where they make none."""
     try:
         model = MTPForCausalLM(LlamaConfig.from_dict(config))
+        if lora := config.get("lora"):
+            add_lora(model, **lora)
     except Exception as error:  # a config that makes no sense raises anything
         reason = " ".join(str(error).split())
         raise InputError(f"its config makes no model: {reason}", where=where, fix="use other weights") from error

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 
@@ -56,11 +56,7 @@ class MTPForCausalLM(LlamaForCausalLM):
         `input_ids`, `position_ids`: int64 [batch, time]. `attention_mask`: bool [batch, 1, time, time], True where
         the query (row) may look at the key (column).
         """
-        hidden = self.model.embed_tokens(input_ids)
-        position_embeddings = self.model.rotary_emb(hidden, position_ids=position_ids)
-        for layer in self.model.layers[:-1]:
-            hidden = layer(hidden, attention_mask=attention_mask, position_embeddings=position_embeddings)
-        return TrunkOutput(hidden, position_embeddings, attention_mask)
+        return run_layers(self.model, len(self.model.layers) - 1, input_ids, position_ids, attention_mask)
 
     def head_logits(self, number: int, trunk: TrunkOutput) -> torch.Tensor:
         """Logits [batch, time, vocabulary] of head `number` (1…n): at position t they predict token t + number."""
@@ -68,6 +64,17 @@ class MTPForCausalLM(LlamaForCausalLM):
         hidden = layer(trunk.hidden, attention_mask=trunk.attention_mask, position_embeddings=trunk.position_embeddings)
         logits: torch.Tensor = self.lm_head(self.model.norm(hidden))
         return logits
+
+
+def run_layers(
+    llama: LlamaModel, count: int, input_ids: torch.Tensor, position_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> TrunkOutput:
+    """The output of a Llama's first `count` layers, not normed; the other arguments as for `MTPForCausalLM.trunk`."""
+    hidden = llama.embed_tokens(input_ids)
+    position_embeddings = llama.rotary_emb(hidden, position_ids=position_ids)
+    for layer in llama.layers[:count]:
+        hidden = layer(hidden, attention_mask=attention_mask, position_embeddings=position_embeddings)
+    return TrunkOutput(hidden, position_embeddings, attention_mask)
 
 
 def packed_attention_mask(segment_ids: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,119 @@
+"""The value model: how good a solution is, judged after each of its tokens.
+
+Either a Llama of its own with a small MLP on top, or such an MLP on the policy's trunk.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaModel
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from wmtp_worker.errors import InputError
+from wmtp_worker.model.loading import load, load_tensors
+from wmtp_worker.model.lora import add_lora
+from wmtp_worker.model.mtp import TrunkOutput, run_layers
+
+_WIDTH = "value_width"  # in the config of a saved value model
+
+
+class ValueHead(nn.Module):
+    """An MLP with one hidden layer: [batch, time, hidden_size] to one number a token, float32 [batch, time].
+
+    Its last layer begins at zero, and so do all values: nothing is preferred before something was learnt.
+    """
+
+    def __init__(self, hidden_size: int, width: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(hidden_size, width)
+        self.output = nn.Linear(width, 1)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        hidden = nn.functional.gelu(self.hidden(states.to(self.hidden.weight.dtype)))
+        values: torch.Tensor = self.output(hidden).float().squeeze(-1)
+        return values
+
+
+class ValueModel(nn.Module):
+    """A Llama backbone with a `ValueHead`."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = LlamaModel(config)
+        self.head = ValueHead(config.hidden_size, getattr(config, _WIDTH))
+
+    def forward(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Float32 [batch, time]: at position t, the value after token t.
+
+        `input_ids`, `position_ids`: int64 [batch, time]. `attention_mask`: bool [batch, 1, time, time], as for the
+        policy, so that samples packed into one row do not see each other.
+        """
+        values: torch.Tensor = self.head(backbone_states(self.backbone, input_ids, position_ids, attention_mask))
+        return values
+
+
+class TrunkValue(nn.Module):
+    """A `ValueHead` on the policy's trunk. `detach` keeps its gradient out of the trunk."""
+
+    def __init__(self, config: LlamaConfig, width: int, detach: bool) -> None:
+        super().__init__()
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)  # the trunk's output has none yet
+        self.head = ValueHead(config.hidden_size, width)
+        self.detach = detach
+
+    def forward(self, trunk: TrunkOutput) -> torch.Tensor:
+        """Float32 [batch, time], from the policy's `trunk(…)`."""
+        states = trunk.hidden.detach() if self.detach else trunk.hidden
+        values: torch.Tensor = self.head(self.norm(states))
+        return values
+
+
+def backbone_states(
+    backbone: LlamaModel, input_ids: torch.Tensor, position_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> torch.Tensor:
+    """The last hidden states, normed, [batch, time, hidden_size]; arguments as for `ValueModel.forward`."""
+    last = run_layers(backbone, len(backbone.layers), input_ids, position_ids, attention_mask)
+    normed: torch.Tensor = backbone.norm(last.hidden)
+    return normed
+
+
+def value_from(folder: Path, heads: int, width: int, seed: int) -> ValueModel:
+    """A new fp32 value model on the layers of a stored policy that has `heads` heads, or of a plain Llama (1).
+
+    Its MLP is drawn from `seed` alone. Raises `InputError` where the folder does not load.
+    """
+    policy = load(folder, heads)
+    config = LlamaConfig.from_dict(policy.config.to_dict() | {_WIDTH: width})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        with torch.device("meta"):
+            value = ValueModel(config)
+        value.head = ValueHead(config.hidden_size, width)
+    value.backbone = policy.model
+    value.backbone.config = config
+    return value
+
+
+def rebuild_value(config: dict[str, Any], saved: dict[str, torch.Tensor], where: str) -> ValueModel:
+    """The value model that was saved as `value.config.to_dict()` and its parameters by name.
+
+    Raises `InputError` where they make none, naming the first tensor that does not fit.
+    """
+    if type(config.get(_WIDTH)) is not int:
+        raise InputError("it is no value model", where=where, fix="use the weights of a run that trained values")
+    try:
+        value = ValueModel(LlamaConfig.from_dict(config))
+        if lora := config.get("lora"):
+            add_lora(value.backbone, **lora)
+    except Exception as error:  # a config that makes no sense raises anything
+        reason = " ".join(str(error).split())
+        raise InputError(f"its config makes no value model: {reason}", where=where, fix="use other weights") from error
+    load_tensors(value, saved, where)  # type: ignore[arg-type]
+    return value
