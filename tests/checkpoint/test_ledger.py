@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -126,6 +127,20 @@ def test_a_ledger_that_cannot_be_written_warns_once(tmp_path, caplog):
 
 
 # --- how far the process before had come -------------------------------------------------------------------------
+
+
+def test_a_line_that_does_not_fit_is_left_out_whole(begin, tmp_path, caplog):
+    ledger = begin()
+    path = tmp_path / "ledger.jsonl"
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, limits[1]))  # as a disk with ten bytes left
+    try:
+        ledger.save(1, pause=0.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    assert "the ledger of lost work cannot be written" in caplog.text
 
 
 def test_the_last_step_is_found_in_the_metrics(begin, tmp_path):

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from wmtp_worker.checkpoint import queue, restore, staging, store
+from wmtp_worker.checkpoint import lowly, queue, restore, staging, store
 from wmtp_worker.checkpoint import saver as saver_module
 from wmtp_worker.checkpoint.optimizer import expected_tensors, optimizer_tensors
 from wmtp_worker.checkpoint.saver import Saver
@@ -330,6 +330,23 @@ def test_only_one_writes_where_a_copy_gets_no_memory(paths, snapshot, brake, mon
         threading.Timer(0.3, lambda: (brake.begun.append("let go"), brake.let_go(2))).start()
         saver.gate()
     assert brake.begun == [1, "let go", 2]
+    assert paths.steps() == [1, 2]
+
+
+def test_a_save_in_the_background_takes_its_time_unless_somebody_waits(paths, snapshot, monkeypatch):
+    monkeypatch.setattr(saver_module, "_WORTH_A_PACE", 0)
+    monkeypatch.setattr(lowly, "_SHARE", 1e-9)  # it would rest for ever
+    with Saver(paths) as saver:
+        saver.save(snapshot(1))
+        saver.gate()
+        time.sleep(0.1)
+        assert paths.steps() == []
+        saver.save(snapshot(2))  # a newer one waits
+        saver.gate()
+        while not paths.steps():
+            time.sleep(0.005)
+        saver.flush()  # and now the training does
+        assert saver.last.busy < saver.last.write
     assert paths.steps() == [1, 2]
 
 

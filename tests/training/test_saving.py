@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from wmtp_worker.checkpoint import store
+from wmtp_worker.checkpoint.export import load_weights, save_weights
 from wmtp_worker.checkpoint.ledger import Ledger, Phases, read_ledger
 from wmtp_worker.checkpoint.snapshot import MODEL, OPTIMIZER, Snapshot
 from wmtp_worker.errors import InputError
@@ -74,7 +75,9 @@ def test_an_old_checkpoint_that_cannot_be_removed_ends_nothing(make, paths, monk
         for step in (1, 2):
             saving.save(lambda step=step: snapshot(step))
             saving.finish()
+        saving.make_room()
     assert paths.steps() == [1, 2]
+    assert "the disk is full, and old checkpoints are not removed" in caplog.text
     assert "old checkpoints are not removed: cannot write step_1" in caplog.text
 
 
@@ -98,6 +101,16 @@ def test_a_write_within_one_step_is_no_quiet_step(make):
         saving.stepped(1.0)
         saving.stepped(1.0)
     assert told == [False, True, False]
+
+
+def test_a_best_model_that_is_older_than_the_checkpoint_says_is_found_anew(tiny_run, tmp_path):
+    best = tiny_run(tmp_path).best_step
+    path = RunPaths(tmp_path, "tiny").best
+    before = path.read_bytes()
+    content = load_weights(path)
+    save_weights(path, content.pop("model"), {**content, "step": best - 1})  # the disk was full for the newer one
+    assert tiny_run(tmp_path).best_step == best
+    assert path.read_bytes() == before
 
 
 def test_what_is_still_being_written_counts_in_an_emergency(make, paths, monkeypatch):

@@ -23,7 +23,7 @@ WEIGHTS = "weights"  # the one "file" in the buffers of an export
 class Cost:
     """What one save cost, in seconds: `pause` of the training's thread, and behind it the copy and the writing.
 
-    `busy` is the writing without the time that its threads waited for a processor.
+    `busy` is the writing without the time that its thread rested, or waited for a processor.
     """
 
     step: int

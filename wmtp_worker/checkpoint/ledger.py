@@ -18,6 +18,7 @@ written is warned of once. `losses.summarise` makes the account of what was lost
     ledger.end("finished", step)                            # before the last publish of the logs
 """
 
+import errno
 import json
 import logging
 import os
@@ -250,7 +251,9 @@ class Ledger:
                 size = os.fstat(descriptor).st_size
                 if size and os.pread(descriptor, 1, size - 1) != b"\n":
                     line = b"\n" + line  # after one that was torn
-                os.write(descriptor, line)
+                if os.write(descriptor, line) < len(line):  # what does not fit any more is left out without a word
+                    os.ftruncate(descriptor, size)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             finally:
                 os.close(descriptor)
         except OSError as error:

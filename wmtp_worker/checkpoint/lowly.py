@@ -1,48 +1,60 @@
-"""Threads that run when nothing else wants the processor, and how long they waited for it."""
+"""Work beside the training: a thread at a low priority, that takes a small share of the processors, and rests."""
 
 import logging
 import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+
+from wmtp_worker.host.limits import cpu_limit
 
 log = logging.getLogger(__name__)
 
 # by the scheduler's weights 3 % of a core that the training wants too; at 19, 1.5 %, it would take twice as long there
 _NICE = 15
+# of all cores: the training, which can use them all, is slower by as much, and by what the copy before it takes
+_SHARE = 0.03
 _SCHEDSTAT = Path("/proc/thread-self/schedstat")
 
 
 def step_back() -> None:
-    """Let this thread, and those it starts, run when nothing else wants the processor, as far as the system can."""
+    """Lower the priority of this thread, and of those it starts, as far as the system can."""
     if sys.platform != "linux":  # elsewhere it would be the whole process
         return
-    thread = threading.get_native_id()
     try:
-        os.setpriority(os.PRIO_PROCESS, thread, _NICE)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
     except OSError as error:
         log.debug("the priority of %s stays as it is: %s", threading.current_thread().name, error)
 
 
-class Undisturbed:
-    """A clock that stands still while this thread is ready to run and gets no processor.
+class Pace:
+    """Rests between pieces of work, so that the work takes a small share of the processors. For one thread.
 
-    So what a thread at a low priority measures holds for one at an ordinary priority too. To be read by the thread
-    that made it. Where the system does not tell, it is an ordinary clock.
+    A thread at a low priority alone does not do that: wherever the training's own threads wait for each other, it has
+    a core, and they wait for it then. `rest(seconds)` may return early; `rested` are all seconds it took.
     """
 
-    def __init__(self) -> None:
-        self._began = self._now()
+    def __init__(self, rest: Callable[[float], object]) -> None:
+        self._rest = rest
+        self._share = _SHARE * cpu_limit()
+        self._worked, self._began = time.thread_time(), time.perf_counter()
+        self.rested = 0.0
 
-    @property
-    def seconds(self) -> float:
-        """Since it was made."""
-        return max(0.0, self._now() - self._began)
+    def keep(self) -> None:
+        """To be called after each piece of work."""
+        worked, began = time.thread_time(), time.perf_counter()
+        seconds = (worked - self._worked) / self._share - (began - self._began)
+        if seconds > 0:
+            self._rest(seconds)
+        self._worked, self._began = worked, time.perf_counter()
+        self.rested += self._began - began
 
-    def _now(self) -> float:
-        try:
-            waited = int(_SCHEDSTAT.read_text().split()[1]) / 1e9
-        except (OSError, ValueError, IndexError):
-            waited = 0.0
-        return time.perf_counter() - waited
+
+def waiting() -> float:
+    """Seconds that this thread was ready to run, so far, and did not get a processor; 0 where nobody tells."""
+    try:
+        return int(_SCHEDSTAT.read_text().split()[1]) / 1e9
+    except (OSError, ValueError, IndexError):
+        return 0.0

@@ -30,6 +30,7 @@ class Queue:
         self._writing: Job | None = None
         self._held = False
         self._closing = False
+        self._awaited = False
         self._moves = 0  # changes whenever something gets on
         self._next_tick = 0.0
 
@@ -74,6 +75,15 @@ class Queue:
         return self._wait(lambda: self._writing is None and self._next() is None, seconds)
 
     def _wait(self, ready: Callable[[], bool], seconds: float | None = None) -> bool:
+        self._awaited = True
+        try:
+            return self._ticking(ready, seconds)
+        finally:
+            self._awaited = False
+
+    def _ticking(self, ready: Callable[[], bool], seconds: float | None) -> bool:
+        with self._changed:
+            self._changed.notify_all()
         end = None if seconds is None else time.monotonic() + seconds
         seen = self._moves
         while True:
@@ -116,6 +126,14 @@ class Queue:
         if tell and (now := time.monotonic()) >= self._next_tick:
             self._next_tick = now + _TICK_SECONDS
             self._tick()
+
+    def rest(self, seconds: float) -> None:
+        """For the writer: wait so long, but not while the training waits, or another save."""
+        with self._changed:
+            self._changed.wait_for(self._is_urgent, seconds)
+
+    def _is_urgent(self) -> bool:
+        return self._awaited or self._closing or bool(self._asked) or bool(self._saves())
 
     def next_to_copy(self) -> Job | None:
         """Wait for a job, and for buffers to copy it to; None when there is nothing left to do."""

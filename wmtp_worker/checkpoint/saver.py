@@ -9,7 +9,7 @@
     optimizer.step()
 
 Two threads work for it. The copier copies the tensors into host memory while forward and backward go on. The writer,
-at the lowest priority, hashes and writes what was copied. With two buffers one save is being written and one may
+at a low priority, hashes and writes what was copied. With two buffers one save is being written and one may
 wait; a newer one takes the place of the one that waits. Where no copy fits into memory, or with `background=False`,
 `save` itself writes, by the same code.
 
@@ -28,7 +28,7 @@ from typing import Any, Self, TypeVar
 from wmtp_worker.checkpoint import store
 from wmtp_worker.checkpoint.export import save_weights
 from wmtp_worker.checkpoint.jobs import WEIGHTS, Cost, ExportJob, Job, SaveJob
-from wmtp_worker.checkpoint.lowly import Undisturbed, step_back
+from wmtp_worker.checkpoint.lowly import Pace, step_back, waiting
 from wmtp_worker.checkpoint.queue import Queue
 from wmtp_worker.checkpoint.ranks import ALONE, Ranks
 from wmtp_worker.checkpoint.shared import SharedTensors
@@ -41,6 +41,9 @@ from wmtp_worker.storage.layout import RunPaths
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+# bytes; what is smaller is over in a moment anyway
+_WORTH_A_PACE = 32 << 20
 
 
 class Saver:
@@ -290,20 +293,14 @@ class Saver:
             log.warning("%s is NOT saved, the training goes on: %s", export.name, error)
 
     def _write_weights(self, export: ExportJob) -> None:
-        inline = export.buffers is None
-        if inline:
+        if export.buffers is None:
             export.look(self._ranks)
-
-        def heed(size: int) -> None:
-            export.done += size
-            self._queue.moved(tell=inline)
-
         export.done = 0
-        save_weights(export.path, export.tensors, export.facts, heed)
+        save_weights(export.path, export.tensors, export.facts, self._heed(export, Pace(self._queue.rest)))
 
     def _write(self, save: SaveJob) -> Path:
         """Write one save; once more after room was made. Raises what `store.write` and `inspect` raise."""
-        started, clock = time.perf_counter(), Undisturbed()
+        started, waited = time.perf_counter(), waiting()
         if save.buffers is None:
             save.look(self._ranks)
         save.cost.bytes = save.bytes
@@ -311,9 +308,7 @@ class Saver:
         live = {name: content.tensors for name, content in save.contents.items()}
         tensors = live if staged is None else {name: file.views for name, file in staged.items()}
 
-        def heed(size: int) -> None:
-            save.done += size
-            self._queue.moved(tell=staged is None)
+        pace = Pace(self._queue.rest)
 
         def write() -> Path:
             with self._ranks.together():
@@ -325,13 +320,27 @@ class Saver:
                 ranks=self._ranks,
                 staged=staged,
                 shared=self._shared,
-                heed=heed,
-                files_at_once=1 if staged else 2,
+                heed=self._heed(save, pace),
+                files_at_once=2 if staged is None else 1,
             )
 
         folder = self._with_room(self._ranks, save.name, write)
-        save.cost.write, save.cost.busy = time.perf_counter() - started, clock.seconds
+        save.cost.write = time.perf_counter() - started
+        save.cost.busy = max(0.0, save.cost.write - (waiting() - waited) - pace.rested)
         return folder
+
+    def _heed(self, job: Job, pace: Pace) -> Callable[[int], None]:
+        """To be called with the size of each block."""
+        inline = job.buffers is None
+        paced = not inline and job.bytes > _WORTH_A_PACE
+
+        def heed(size: int) -> None:
+            job.done += size
+            self._queue.moved(tell=inline)
+            if paced:
+                pace.keep()
+
+        return heed
 
     def _with_room(self, ranks: Ranks, name: str, work: Callable[[], T]) -> T:
         try:

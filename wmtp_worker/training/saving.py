@@ -181,9 +181,9 @@ class Saving:
         except WorkerError as error:  # the checkpoint is saved all the same
             log.warning("old checkpoints are not removed: %s", error)
 
-    def _published(self, step: int, seconds: float, sent: int | None = None) -> None:
+    def _published(self, step: int, seconds: float, sent: int) -> None:
         """In the uploads' thread: the checkpoint is in the bucket, for which `sent` bytes took so long."""
-        self._rates.uploaded(self._full_bytes if sent is None else sent, seconds)
+        self._rates.uploaded(sent, seconds)
         self._carried(step)
 
     def _carried(self, step: int) -> None:
@@ -202,8 +202,11 @@ class Saving:
     def make_room(self) -> None:
         """The disk is full: keep only the newest checkpoint, and what the bucket has not got yet."""
         spare = self._bucket.unpublished
-        removed = store.prune(self._paths, 1, self._newest, spare, keep_every=self._keep.keep_every)
-        log.warning("the disk is full: removed %s", ", ".join(map(step_name, removed)) or "nothing")
+        try:
+            removed = store.prune(self._paths, 1, self._newest, spare, keep_every=self._keep.keep_every)
+            log.warning("the disk is full: removed %s", ", ".join(map(step_name, removed)) or "nothing")
+        except WorkerError as error:  # there may be room all the same
+            log.warning("the disk is full, and old checkpoints are not removed: %s", error)
 
     def close(self) -> None:
         """Finish what is being written, and join the threads."""
