@@ -13,8 +13,8 @@ from wmtp_worker.data.dataset import Dataset
 from wmtp_worker.data.formats import read_split
 from wmtp_worker.data.problems import Split
 from wmtp_worker.data.sampler import PackedSampler
-from wmtp_worker.data.tokenizer import digest as tokenizer_digest
 from wmtp_worker.data.tokenizer import Sample, encode_all, load_tokenizer
+from wmtp_worker.data.tokenizer import digest as tokenizer_digest
 from wmtp_worker.errors import DiskFullError, InputError
 from wmtp_worker.host.device import make_deterministic, resolve_device, set_threads
 from wmtp_worker.host.limits import disk_free
