@@ -7,6 +7,7 @@ import pytest
 
 from tests.storage.test_conformance import UNUSUAL
 from wmtp_worker.errors import BucketNotFound, ObjectNotFound, PreconditionFailed
+from wmtp_worker.storage.retry import RetryingStore
 
 PART = 1 << 20
 
@@ -17,8 +18,8 @@ def sha256(data: bytes) -> str:
 
 @pytest.fixture
 def store(fake_gcs_server, opened):
-    """An empty part of a bucket."""
-    return opened(fake_gcs_server)
+    """An empty part of a bucket, with the worker's retries: after some errors this server drops the connection."""
+    return RetryingStore(opened(fake_gcs_server), patience=10)
 
 
 @pytest.fixture
