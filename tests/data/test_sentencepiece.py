@@ -104,7 +104,7 @@ def test_model_that_could_not_be_followed_exactly_is_refused(tmp_path, changes, 
     assert caught.value.where == str(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\xff no protobuf", b"[1, 2]"])
+@pytest.mark.parametrize("content", [b"", b"\xff\xff no protobuf", b"[1, 2]", b"IQ== 0\nIg== 1\nIw== 2\n"])
 def test_what_is_no_sentencepiece_model_is_refused(tmp_path, content):
     (tmp_path / "tokenizer.model").write_bytes(content)
     with pytest.raises(InputError, match="not a SentencePiece model") as caught:

@@ -17,6 +17,8 @@ TOKENIZER_MODEL = "tokenizer.model"
 _BPE = 2  # model_type
 _NORMAL, _UNKNOWN, _CONTROL, _USER = 1, 2, 3, 4  # type of a piece
 _SPACE = "▁"
+# Llama 3's tokenizer.model is another format under the same name
+_INSTEAD = "take the tokenizer.json of the model's Hugging Face version"
 
 
 def from_sentencepiece(path: Path) -> "PreTrainedTokenizerFast":
@@ -81,7 +83,7 @@ def _read(path: Path) -> Any:
     except Exception:  # protobuf's own DecodeError, of one implementation or another
         well_formed = False
     if not well_formed:
-        raise InputError("not a SentencePiece model", where=str(path), fix="replace the file")
+        raise InputError("not a SentencePiece model", where=str(path), fix=_INSTEAD)
     spec, normal = proto.trainer_spec, proto.normalizer_spec
     for what, wrong in {
         "is not BPE": spec.model_type != _BPE,
@@ -93,6 +95,6 @@ def _read(path: Path) -> Any:
             raise InputError(
                 f"a SentencePiece model that {what}",
                 where=str(path),
-                fix="use a folder with the model's tokenizer.json",
+                fix=_INSTEAD,
             )
     return proto

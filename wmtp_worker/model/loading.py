@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import LlamaConfig
 from transformers.initialization import no_init_weights
 
@@ -86,7 +87,7 @@ def base_digest(path: Path, poll: Callable[[], None] = lambda: None) -> str:
     return total.hexdigest()
 
 
-def tensors(model: MTPForCausalLM) -> dict[str, torch.Tensor]:
+def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Every parameter by name, tied ones once; the tensors themselves, not copies."""
     return {name: parameter.data for name, parameter in model.named_parameters()}
 
@@ -104,7 +105,7 @@ def rebuild(config: dict[str, Any], saved: Mapping[str, torch.Tensor], where: st
     return model
 
 
-def load_tensors(model: MTPForCausalLM, saved: Mapping[str, torch.Tensor], where: str) -> None:
+def load_tensors(model: nn.Module, saved: Mapping[str, torch.Tensor], where: str) -> None:
     """Copy `saved` into the model. Raises `InputError` naming the first tensor that does not fit."""
     own = tensors(model)
     for name in sorted(own.keys() ^ saved.keys()):

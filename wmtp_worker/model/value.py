@@ -115,5 +115,5 @@ def rebuild_value(config: dict[str, Any], saved: dict[str, torch.Tensor], where:
     except Exception as error:  # a config that makes no sense raises anything
         reason = " ".join(str(error).split())
         raise InputError(f"its config makes no value model: {reason}", where=where, fix="use other weights") from error
-    load_tensors(value, saved, where)  # type: ignore[arg-type]
+    load_tensors(value, saved, where)
     return value
