@@ -87,7 +87,8 @@ def tiny_settings() -> tuple[str, ...]:
 def tiny_run() -> Callable[..., Any]:
     """Train the tiny run in this process: `tiny_run(workdir, *overrides, stop=…, resume=…)` returns the summary.
 
-    Without `picture=True` the picture is empty: drawing it takes as long as all the rest.
+    Without `picture=True` the picture is empty: drawing it takes as long as all the rest. Each save is written, however
+    busy the machine: tests say which steps are there.
     """
 
     def train(
@@ -97,6 +98,7 @@ def tiny_run() -> Callable[..., Any]:
         resume: Any = "auto",
         picture: bool = False,
     ) -> Any:
+        from wmtp_worker.checkpoint import saver
         from wmtp_worker.training import run
 
         settings = load(
@@ -104,7 +106,9 @@ def tiny_run() -> Callable[..., Any]:
             options={"run.name": TINY_RUN, "run.workdir": str(workdir), "run.resume": resume},
             environ={},
         )
+        queue = saver.Queue
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(saver, "Queue", lambda replaces, tick: queue(replaces=False, tick=tick))
             if not picture:
                 patch.setattr(run, "draw", lambda metrics, picture, title: picture.touch())
             return run.run(settings, stop or StopRequest(), Console(file=io.StringIO()))
