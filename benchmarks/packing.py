@@ -8,6 +8,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from common import mbpp, median, record
+from rich.console import Console
 
 from wmtp_worker.checkpoint.ledger import Ledger, Phases
 from wmtp_worker.host.stop import StopRequest
@@ -34,7 +35,7 @@ def session(packing: bool, folder: Path) -> Session:
     paths.checkpoints.mkdir(parents=True)
     stop, heartbeat = StopRequest(), Heartbeat(paths.heartbeat, paths.run)
     bucket = RunBucket(settings, paths, stop.check)
-    made = build_session(settings, paths, stop, heartbeat, bucket)
+    made = build_session(settings, paths, stop, heartbeat, bucket, Console(quiet=True))
     ledger = Ledger.begin(paths.ledger, paths.metrics, Phases(), gpus=1)
     made.open(MetricsLog(paths.metrics, 0), ledger)
     return made

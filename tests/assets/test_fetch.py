@@ -11,7 +11,13 @@ import pytest
 from wmtp_worker.assets.fetch import PUSHING, fetch
 from wmtp_worker.assets.inventory import list_assets, verify_bucket, verify_local
 from wmtp_worker.assets.publish import push
-from wmtp_worker.assets.resolve import dataset_folder, model_folder, tokenizer_folder
+from wmtp_worker.assets.resolve import (
+    dataset_folder,
+    model_folder,
+    reference_folder,
+    reward_folder,
+    tokenizer_folder,
+)
 from wmtp_worker.errors import AccessDenied, ExhaustedError, InputError, IntegrityError, PreconditionFailed
 from wmtp_worker.storage.layout import MANIFEST, asset_name
 from wmtp_worker.storage.objects import ObjectInfo
@@ -70,6 +76,23 @@ def test_what_was_pushed_is_found_by_name_and_by_hub_name(transfer, model, datas
     assert verify_folder(model_folder(wanted)).files.keys() == content(model).keys() - {"manifest.json"}
     assert hidden(workdir) == []
     assert fetch(wanted, None, nothing) == []
+
+
+def test_frozen_models_are_fetched_by_whoever_needs_them(transfer, model, settings, workdir, nothing):
+    for name in ("reference", "judge"):
+        push(transfer, model, "models", name)
+    named = ["weighting.reference=reference", "weighting.critic.reward_model=judge", "weighting.critic.value=/v"]
+    assert fetch(settings(*named), transfer, nothing) == []
+    # a model that is the policy's start, too, is fetched once
+    rho1 = settings(*named, "weighting.family=rho1_weighted", "model.path=reference", "model.tokenizer=reference")
+    assert [done.name for done in fetch(rho1, transfer, nothing)] == ["reference"]
+    critic = settings(*named, "weighting.family=critic", "weighting.critic.rewards=reward_model")
+    assert [done.name for done in fetch(critic, transfer, nothing)] == ["judge"]
+    assert reward_folder(critic) == workdir / "models" / "judge"
+    assert reference_folder(rho1) == workdir / "models" / "reference"
+    assert (reference_folder(critic), reward_folder(rho1)) == (None, None)
+    with pytest.raises(InputError, match=r"weighting\.reference='none' is not there .* set weighting\.reference to"):
+        fetch(settings("weighting.family=rho1_weighted", "weighting.reference=none"), transfer, nothing)
 
 
 def test_the_bucket_goes_before_the_hub(transfer, model, hub, settings, nothing):

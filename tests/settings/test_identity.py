@@ -25,6 +25,9 @@ def settings(*overrides, **arguments):
         "data.sequence_length=64",
         "data.packing=false",
         "evaluation.every=7",
+        "data.solutions=all",
+        "lora.rank=4",
+        "weighting.family=gradient",
     ],
 )
 def test_what_changes_the_numbers_changes_the_digest(override):
@@ -42,6 +45,13 @@ def test_what_changes_the_numbers_changes_the_digest(override):
         "host.threads=1",
         "model.tokenizer=/somewhere",
         "data.dataset=/somewhere",
+        "data.format=mbpp",
+        "lora.alpha=3",
+        "weighting.control=shuffled",
+        "weighting.max=3",
+        "weighting.rho1.share=0.5",
+        "weighting.reference=/somewhere",
+        "weighting.critic.value=/somewhere",
         "checkpoint.every=3",
         "checkpoint.keep_last=9",
         "logging.level=debug",
@@ -69,6 +79,22 @@ def test_a_shape_that_has_no_effect_is_no_part_of_the_identity():
     from_folder = settings("model.path=/model")
     assert not set(MODEL_SHAPE) & set(from_folder.identity())
     assert settings("model.path=/copy/of/it").digest() == from_folder.digest()
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [
+        ("rho1_weighted", ("weighting.rho1.share=0.5", "weighting.control=shuffled", "weighting.max=3")),
+        ("gradient", ("weighting.gradient.outlier=2", "weighting.normalise=none", "weighting.warmup=3")),
+    ],
+)
+def test_a_family_reads_its_own_settings(family, overrides):
+    chosen = (f"weighting.family={family}", "weighting.reference=/m", "lora.rank=2")
+    digest = settings(*chosen).digest()
+    for override in (*overrides, "lora.alpha=3"):
+        assert settings(*chosen, override).digest() != digest, override
+    for override in ("weighting.critic.beta=2", "weighting.grpo.clip=2", "weighting.reference=/other"):
+        assert settings(*chosen, override).digest() == digest, override
 
 
 def test_the_resolved_settings_are_json():

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import yaml
 
+from wmtp_worker.errors import SettingsError
 from wmtp_worker.settings import Settings, load
 from wmtp_worker.settings.files import configs, names, read
 from wmtp_worker.settings.schema import FIELDS, SETTABLE
@@ -70,12 +71,28 @@ def test_every_setting_has_a_default_and_every_value_a_source():
     assert set(settings.sources) == set(settings.flat()) == set(FIELDS)
 
 
+# what a recipe cannot know
+NEEDED = {
+    "critic": ["weighting.critic.value=/value"],
+    "verifiable": ["weighting.critic.value=/value"],
+    "rho1_weighted": ["weighting.reference=/model"],
+    "rho1_tokenskip": ["weighting.reference=/model"],
+}
+
+
 @pytest.mark.parametrize("preset", names("preset"))
 @pytest.mark.parametrize("recipe", names("recipe"))
 def test_everything_in_configs_loads(preset, recipe):
-    settings = load(preset=preset, recipe=recipe, environ={})
+    settings = load(preset=preset, recipe=recipe, overrides=NEEDED.get(recipe, []), environ={})
     assert (settings.preset, settings.recipe) == (preset, recipe)
     assert settings.run.name == f"{recipe}-{preset}"
+
+
+@pytest.mark.parametrize("recipe", NEEDED)
+def test_a_recipe_says_what_it_needs(recipe):
+    what = NEEDED[recipe][0].partition("=")[0]
+    with pytest.raises(SettingsError, match=f"weighting.family=.* needs a .* model -> set {what}"):
+        load(recipe=recipe, environ={})
 
 
 def test_the_last_set_of_a_key_wins():

@@ -83,6 +83,22 @@ def refusal(**arguments):
         ("run.resume=latest", "run.resume='latest' is neither auto, never nor a step"),
         ("run.workdir=", "run.workdir=null is no path"),
         ("cloud.provider=s3", "cloud.provider=s3 (--set cloud.provider=s3) needs a bucket"),
+        *(
+            (
+                f"{key}={value}",
+                f"{key}={value} is out of range (from --set {key}={value}) -> set a number greater than 0",
+            )
+            for key in ("weighting.critic.beta", "weighting.grpo.beta", "weighting.rho1.temperature", "weighting.max")
+            for value in (0, -1)
+        ),
+        ("weighting.rho1.share=0", "weighting.rho1.share=0 is out of range"),
+        ("weighting.rho1.share=1.1", "-> set a number at most 1"),
+        ("weighting.min=-1", "weighting.min=-1 is out of range"),
+        ("weighting.ema_decay=1", "weighting.ema_decay=1 is out of range"),
+        ("weighting.max=.inf", "weighting.max=inf is not a number"),
+        ("weighting.family=rho1_tokenskp", "did you mean rho1_tokenskip?"),
+        ("lora.targets=[]", "lora.targets=[] is wrong"),
+        ("lora.alpha=0", "lora.alpha=0 is out of range"),
         ("cloud.provider=floppy", "-> set one of local, s3, gcs, azure"),
     ],
 )
@@ -114,6 +130,33 @@ def test_one_wrong_value(override, line):
             ["training.early_stopping.patience=2", "evaluation.every=0"],
             "training.early_stopping.patience counts validations, but evaluation.every=0 has only one",
         ),
+        (
+            ["weighting.min=3", "weighting.max=2"],
+            "weighting.min=3.0 must not be greater than weighting.max=2.0 "
+            "(from --set weighting.min=3 and --set weighting.max=2)",
+        ),
+        (
+            ["weighting.normalise=mean1_clip", "weighting.min=1.5"],
+            "with weighting.normalise=mean1_clip the mean 1 must lie between weighting.min=1.5 and weighting.max=5.0 "
+            "(from --set weighting.min=1.5) -> move weighting.min",
+        ),
+        (
+            ["weighting.normalise=mean1_clip", "weighting.max=0.5"],
+            "(from --set weighting.max=0.5) -> move weighting.max to the other side of 1",
+        ),
+        (
+            ["weighting.family=grpo", "data.solutions=all", "weighting.grpo.kl=0.1"],
+            "weighting.family=grpo (--set weighting.family=grpo) with weighting.grpo.kl needs a reference model",
+        ),
+        (
+            ["weighting.family=grpo"],
+            "weighting.family=grpo (--set weighting.family=grpo) compares right and wrong solutions, "
+            "but data.solutions=correct leaves the wrong ones out",
+        ),
+        (
+            ["weighting.family=critic", "weighting.critic.value=/v", "weighting.critic.rewards=reward_model"],
+            "weighting.critic.rewards=reward_model needs a reward model",
+        ),
         (["run.resume=201"], "run.resume=201 must not be greater than training.max_steps=200"),
     ],
 )
@@ -130,6 +173,9 @@ def test_values_that_contradict_each_other(overrides, line):
         ["model.path=/m", "data.sequence_length=4096"],
         ["model.path=/m", "model.heads=2"],
         ["run.resume=200"],
+        ["weighting.min=2", "weighting.max=2"],
+        ["weighting.normalise=mean1_clip", "weighting.min=1", "weighting.max=1"],
+        ["weighting.grpo.kl=0.1"],  # of a family that is not chosen
     ],
 )
 def test_the_edge_of_a_contradiction_is_allowed(overrides):
@@ -157,7 +203,7 @@ def test_an_option_and_a_set_that_disagree():
     ("arguments", "line"),
     [
         ({"preset": "smok"}, "unknown preset 'smok' (from --preset) -> did you mean smoke? there are local-light"),
-        ({"recipe": "zzz"}, "unknown recipe 'zzz' (from --recipe) -> there are baseline, or give the path"),
+        ({"recipe": "zzz"}, "unknown recipe 'zzz' (from --recipe) -> there are baseline, critic, "),
         ({"environ": {"WMTP_RECIPE": "baselin"}}, "unknown recipe 'baselin' (from variable WMTP_RECIPE)"),
         ({"preset": "./gone.yaml"}, "preset file './gone.yaml' does not exist (from --preset) -> check the path"),
         ({"preset": "gone.yaml"}, "preset file 'gone.yaml' does not exist"),

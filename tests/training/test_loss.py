@@ -69,13 +69,12 @@ def backward(
     precision: str = "fp32",
     counts: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`head_losses_backward` as the loop calls it, uniform weights unless given."""
+    """The weighted losses of `head_losses_backward` as the loop calls it, uniform weights unless given."""
     batch = collate(rows, ROW, pad_id=0)
     targets = mtp_labels(batch.labels, batch.segment_ids, model.heads)
     weights = (targets != IGNORE).float() if weights is None else weights
-    return head_losses_backward(
-        model, batch, targets, weights, counts_of(targets) if counts is None else counts, precision
-    )
+    counts = counts_of(targets) if counts is None else counts
+    return head_losses_backward(model, batch, targets, lambda head: weights[..., head.number - 1], counts, precision)[0]
 
 
 def stacked(model: MTPForCausalLM, batch: Batch, weights: torch.Tensor) -> torch.Tensor:
@@ -191,6 +190,39 @@ def test_losses_equal_a_sum_in_plain_python():
                     count += 1
             expected.append(total / count)
     assert backward(model, rows, weights).tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_unweighted_losses_do_not_know_the_weights():
+    model, batch = make_model(heads=3), collate(four_rows(), ROW, pad_id=0)
+    targets = mtp_labels(batch.labels, batch.segment_ids, 3)
+    weights = torch.rand(targets.shape, generator=torch.Generator().manual_seed(1))
+    losses = head_losses_backward(
+        model, batch, targets, lambda head: weights[..., head.number - 1], counts_of(targets), "fp32"
+    )
+    torch.testing.assert_close(losses[1], backward(model, four_rows()))
+    torch.testing.assert_close(losses[0], backward(model, four_rows(), weights))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_weights_are_asked_for_head_by_head_with_what_the_head_made(precision):
+    model, batch = make_model(heads=3), collate(four_rows(), ROW, pad_id=0)
+    targets = mtp_labels(batch.labels, batch.segment_ids, 3)
+    seen = []
+
+    def weigh(head):
+        seen.append(head.number)
+        assert head.batch is batch
+        assert head.targets.equal(targets[..., head.number - 1])
+        assert not any((head.logits.requires_grad, head.losses.requires_grad, torch.is_grad_enabled()))
+        expected = torch.nn.functional.cross_entropy(
+            head.logits.flatten(0, 1).float(), head.targets.flatten(), reduction="none"
+        )
+        torch.testing.assert_close(head.losses.flatten(), expected)
+        assert (head.losses @ head.losses.T).dtype == torch.float32  # no autocast here
+        return torch.ones_like(head.losses)
+
+    head_losses_backward(model, batch, targets, weigh, counts_of(targets), precision)
+    assert seen == [1, 2, 3]
 
 
 # --- gradients

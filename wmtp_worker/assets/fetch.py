@@ -71,7 +71,7 @@ class Asset:
 def fetch(
     settings: Settings, transfer: Transfer | None, check: Callable[[], None], progress: Progress | None = None
 ) -> list[Fetched]:
-    """Bring the model, the tokenizer and the data set of a run into the work directory, those that are not there yet.
+    """Bring models, tokenizer and data set of a run into the work directory, those that are not there yet.
 
     Several at once. Each is looked for in the bucket (`transfer`; None: there is no bucket), then, by `org/name`, on
     the Hugging Face hub. It appears whole or not at all, and of several processes one fetches it. What is a path, or
@@ -103,9 +103,16 @@ def fetch(
 
 def _assets(settings: Settings) -> Iterator[Asset]:
     model, tokenizer, dataset = settings.model.path, settings.model.tokenizer, settings.data.dataset
-    if model is not None:
-        yield Asset(model, "model", "model.path")
-    if tokenizer is not None and tokenizer != model:
+    weighting = settings.weighting
+    models = {"model.path": model}
+    if weighting.needs_reference:
+        models["weighting.reference"] = weighting.reference
+    if weighting.needs_reward_model:
+        models["weighting.critic.reward_model"] = weighting.critic.reward_model
+    by_name = {name: key for key, name in reversed(models.items()) if name is not None}  # one fetch of each
+    for name, key in by_name.items():
+        yield Asset(name, "model", key)
+    if tokenizer is not None and tokenizer not in by_name:
         yield Asset(tokenizer, "tokenizer", "model.tokenizer")
     if dataset != SAMPLE_DATASET:
         yield Asset(dataset, "dataset", "data.dataset")

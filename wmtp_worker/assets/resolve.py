@@ -6,11 +6,12 @@ from importlib.resources import files
 from pathlib import Path
 
 from wmtp_worker.data.files import sha256
-from wmtp_worker.data.formats import files_of
+from wmtp_worker.data.formats import Format, files_of
 from wmtp_worker.data.tokenizer import PACKAGED as PACKAGED_TOKENIZER
 from wmtp_worker.errors import InputError
 from wmtp_worker.settings import Settings
-from wmtp_worker.storage.layout import AssetKind, asset_dir, asset_name
+from wmtp_worker.settings.schema import RUN_NAME
+from wmtp_worker.storage.layout import AssetKind, RunPaths, asset_dir, asset_name
 
 SAMPLE_DATASET = "sample"
 TOKENIZER_SUFFIX = "--tokenizer"  # of a folder that has a hub model's tokenizer and not its weights
@@ -26,10 +27,45 @@ def dataset_folder(settings: Settings) -> Path:
 
 def model_folder(settings: Settings) -> Path | None:
     """The folder that `model.path` means, None where the model is built from settings."""
-    wanted = settings.model.path
-    if wanted is None:
+    return _model(settings, "model.path", settings.model.path)
+
+
+def reference_folder(settings: Settings) -> Path | None:
+    """The model that `weighting.reference` means, None where the family needs none."""
+    weighting = settings.weighting
+    return _model(settings, "weighting.reference", weighting.reference if weighting.needs_reference else None)
+
+
+def reward_folder(settings: Settings) -> Path | None:
+    """The model that `weighting.critic.reward_model` means, None where none is needed."""
+    weighting = settings.weighting
+    wanted = weighting.critic.reward_model if weighting.needs_reward_model else None
+    return _model(settings, "weighting.critic.reward_model", wanted)
+
+
+def value_weights(settings: Settings) -> Path | None:
+    """The file that `weighting.critic.value` means, None where the family has no value model.
+
+    A run's name or folder stands for its `final.pt`. Raises `InputError` where there is none.
+    """
+    wanted = settings.weighting.critic.value
+    if settings.weighting.family != "critic" or wanted is None:
         return None
-    return _existing(settings, wanted, "models", "model.path", "a name under <workdir>/models")
+    paths = [Path(os.path.expanduser(wanted))]
+    if RUN_NAME.fullmatch(wanted):
+        paths.insert(0, RunPaths(settings.run.workdir, wanted).checkpoints)
+    files = [path / "final.pt" if path.is_dir() else path for path in paths if os.path.exists(path)]
+    if files and files[0].is_file():
+        return files[0].resolve()
+    raise InputError(
+        f"weighting.critic.value={wanted!r} is not there",
+        where=" and ".join(str(path.absolute()) for path in files or paths),
+        fix="set it to the name of a run that trained a value model, to its folder, or to a *.pt file",
+    )
+
+
+def _model(settings: Settings, key: str, wanted: str | None) -> Path | None:
+    return None if wanted is None else _existing(settings, wanted, "models", key, "a name under <workdir>/models")
 
 
 def tokenizer_folder(settings: Settings) -> Path:
@@ -53,10 +89,10 @@ def candidates(workdir: Path, wanted: str, kind: AssetKind, alone: str = "") -> 
     return list(dict.fromkeys(paths))
 
 
-def dataset_digest(folder: Path) -> str:
-    """SHA-256 (hex) over the files that training and validation are read from."""
+def dataset_digest(folder: Path, format: Format | None = None) -> str:
+    """SHA-256 (hex) over the files that training and validation are read from; `format` None: found out."""
     total = hashlib.sha256()
-    for path in files_of(folder, ("train", "validation")):
+    for path in files_of(folder, ("train", "validation"), format):
         total.update(bytes.fromhex(sha256(path)))
     return total.hexdigest()
 

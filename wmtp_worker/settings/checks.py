@@ -12,6 +12,7 @@ def contradictions(settings: Settings, given: dict[str, Given], needs_bucket: bo
     """Every contradiction, with the origin of each value that takes part in it."""
     yield from _model(settings, given)
     yield from _training(settings)
+    yield from _weighting(settings)
     yield from _cloud(settings, needs_bucket)
     for key in settings.run.accept_changes:
         if key not in FIELDS:
@@ -87,6 +88,33 @@ def _training(settings: Settings) -> Iterator[Problem]:
         yield Problem(what, settings.sources["training.early_stopping.patience"], fix)
     if isinstance(run.resume, int) and run.resume > training.max_steps:
         yield _clash(settings, "run.resume", "must not be greater than", "training.max_steps", "take an earlier step")
+
+
+def _weighting(settings: Settings) -> Iterator[Problem]:
+    weighting = settings.weighting
+    if weighting.min > weighting.max:
+        yield _clash(settings, "weighting.min", "must not be greater than", "weighting.max", "change one of them")
+    elif weighting.normalise == "mean1_clip" and not weighting.min <= 1 <= weighting.max:
+        key = "weighting.min" if weighting.min > 1 else "weighting.max"
+        what = f"with weighting.normalise=mean1_clip the mean 1 must lie between weighting.min={weighting.min} and "
+        yield Problem(
+            f"{what}weighting.max={weighting.max}", settings.sources[key], f"move {key} to the other side of 1"
+        )
+    chosen = f"weighting.family={weighting.family} ({settings.sources['weighting.family']})"
+    if weighting.needs_reference and weighting.reference is None:
+        with_kl = " with weighting.grpo.kl" if weighting.family == "grpo" else ""
+        fix = "set weighting.reference to a model's folder, its name under models/, or org/name on the hub"
+        yield Problem(f"{chosen}{with_kl} needs a reference model", None, fix)
+    if weighting.family == "critic" and weighting.critic.value is None:
+        fix = "set weighting.critic.value to the run that trained it, its folder, or a *.pt file"
+        yield Problem(f"{chosen} needs a value model", None, fix)
+    if weighting.needs_reward_model and weighting.critic.reward_model is None:
+        what = "weighting.critic.rewards=reward_model needs a reward model"
+        fix = "set weighting.critic.reward_model to its folder, its name under models/, or org/name on the hub"
+        yield Problem(what, settings.sources["weighting.critic.rewards"], fix)
+    if weighting.family == "grpo" and settings.data.solutions != "all":
+        what = f"{chosen} compares right and wrong solutions, but data.solutions=correct leaves the wrong ones out"
+        yield Problem(what, settings.sources["data.solutions"], "set data.solutions=all")
 
 
 _SCHEMES = {"s3": "s3", "gs": "gcs", "az": "azure"}

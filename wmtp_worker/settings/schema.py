@@ -67,6 +67,7 @@ Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 NotNegative = Annotated[float, Field(ge=0)]
+AboveZero = Annotated[float, Field(gt=0)]
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -104,8 +105,9 @@ class HostSettings(Section):
 
 class ModelSettings(Section):
     path: Text | None = Field(
-        description="folder of a Llama-family model (config.json, safetensors), its name under models/ in the work "
-        "directory or the bucket, or org/name on the Hugging Face hub; null builds a new model of the shape below"
+        description="a model's folder (Hugging Face, Meta's consolidated.pth, ours), a *.gguf or final.pt, its name "
+        "under models/ in the work directory or the bucket, or org/name on the Hugging Face hub; null builds a new "
+        "model of the shape below"
     )
     tokenizer: Text | None = Field(
         description="folder or name of a tokenizer, as for model.path; null takes the model's own, or the packaged one "
@@ -118,7 +120,7 @@ class ModelSettings(Section):
     attention_heads: Positive = Field(description="attention heads of a new model")
     key_value_heads: Positive = Field(description="key and value heads of a new model (grouped-query attention)")
     max_position_embeddings: Positive = Field(description="longest sequence, in tokens, of a new model")
-    rope_theta: Annotated[float, Field(gt=0)] = Field(description="base of a new model's rotary positions")
+    rope_theta: AboveZero = Field(description="base of a new model's rotary positions")
     tie_embeddings: bool = Field(description="whether a new model's unembedding is its embedding")
 
 
@@ -127,8 +129,23 @@ class DataSettings(Section):
         description="the packaged sample; a name under datasets/ in the work directory or the bucket, or org/name on "
         "the hub; a folder with train.jsonl and validation.jsonl, or MBPP's mbpp.jsonl, itself or its folder"
     )
+    format: Literal["auto", "mbpp", "code_contests", "humaneval", "gsm8k", "labelled"] = Field(
+        description="format of the files; auto looks at their first record"
+    )
+    solutions: Literal["correct", "all"] = Field(
+        description="which solutions are trained on; all: incorrect ones too, for rewards to tell them apart"
+    )
     sequence_length: Annotated[int, Field(ge=2)] = Field(description="tokens in one row of a batch")
     packing: bool = Field(description="whether several samples share one row")
+
+
+class LoraSettings(Section):
+    rank: Count = Field(description="rank of the LoRA adapters on trunk and heads; 0 trains every weight instead")
+    alpha: AboveZero = Field(description="their scale is alpha / rank")
+    dropout: BelowOne = Field(description="share of an adapter's inputs dropped while training")
+    targets: Annotated[list[Text], Field(min_length=1)] = Field(
+        description="which linear layers have an adapter, by the last part of their name"
+    )
 
 
 class EarlyStoppingSettings(Section):
@@ -140,20 +157,92 @@ class TrainingSettings(Section):
     max_steps: Positive = Field(description="optimizer steps of the whole run")
     micro_batch_size: Positive = Field(description="rows in one forward and backward pass")
     accumulation: Positive = Field(description="passes whose gradients make one step")
-    lr: Annotated[float, Field(gt=0)] = Field(description="highest learning rate, reached after the warm-up")
+    lr: AboveZero = Field(description="highest learning rate, reached after the warm-up")
     min_lr_ratio: Fraction = Field(description="learning rate at the end of the cosine, as a part of lr")
     warmup_steps: Count = Field(description="steps in which the learning rate rises from 0 to lr")
     weight_decay: NotNegative = Field(description="AdamW's decay of weight matrices")
     beta1: BelowOne = Field(description="AdamW's decay of the first moment")
     beta2: BelowOne = Field(description="AdamW's decay of the second moment")
-    eps: Annotated[float, Field(gt=0)] = Field(description="AdamW's addend to the denominator")
+    eps: AboveZero = Field(description="AdamW's addend to the denominator")
     grad_clip: NotNegative = Field(description="largest norm of the gradient; 0 does not clip")
     precision: Literal["fp32", "bf16"] = Field(description="fp32, or bf16 autocast over fp32 weights")
     early_stopping: EarlyStoppingSettings
 
 
+class CriticSettings(Section):
+    form: Literal["exp", "heads"] = Field(
+        description="exp(A / beta) of a token's advantage A, or their softmax over the heads of a position"
+    )
+    beta: AboveZero = Field(description="temperature: the smaller, the more the advantages tell tokens apart")
+    gamma: Fraction = Field(description="discount of what comes one token later")
+    lam: Fraction = Field(description="lambda of generalised advantage estimation; 0: the TD error alone")
+    whiten: Literal["batch", "ema", "none"] = Field(
+        description="by whose mean and deviation advantages are whitened: the step's own, their moving average"
+    )
+    rewards: Literal["value", "verifiable", "reward_model"] = Field(
+        description="reward of a whole solution: the last value itself; 1 or 0 for correct or not; a model's score"
+    )
+    value: Text | None = Field(
+        description="weights of the value model: the name of the run that trained it, its folder, or a *.pt file"
+    )
+    reward_model: Text | None = Field(
+        description="folder or name of a LlamaForSequenceClassification with one label, as for model.path"
+    )
+
+
+class Rho1Settings(Section):
+    temperature: AboveZero = Field(description="of the softmax of rho1_weighted, in nats; large ones are uniform")
+    minimum: float = Field(description="excess losses below it, in nats, count as this much in rho1_weighted")
+    share: Annotated[float, Field(gt=0, le=1)] = Field(description="part of the tokens that rho1_tokenskip trains on")
+
+
+class GradientSettings(Section):
+    of: Literal["logits", "hidden"] = Field(
+        description="by what the loss is differentiated: logits (cheap), or the hidden states before the unembedding"
+    )
+    outlier: AboveZero = Field(description="deviations above the mean beyond which importance is cut")
+
+
+class GrpoSettings(Section):
+    beta: AboveZero = Field(description="temperature, as for critic.beta")
+    clip: AboveZero = Field(description="largest advantage either way, in deviations of the group")
+    kl: NotNegative = Field(description="how much of the divergence from the reference an advantage loses; 0: none")
+
+
 class WeightingSettings(Section):
-    family: Literal["uniform"] = Field(description="how the tokens of a sample are weighted in the loss")
+    family: Literal["uniform", "critic", "rho1_weighted", "rho1_tokenskip", "gradient", "grpo"] = Field(
+        description="by what the tokens of a sample are weighted in the loss"
+    )
+    control: Literal["none", "shuffled", "random_matched"] = Field(
+        description="whether the family's weights are shuffled within each sequence, or drawn anew at random"
+    )
+    normalise: Literal["mean1", "mean1_clip", "none"] = Field(
+        description="whether weights are scaled to mean 1; with clip to mean 1 within min and max"
+    )
+    min: NotNegative = Field(description="smallest weight of mean1_clip, and of exp(A / beta) before it is scaled")
+    max: AboveZero = Field(description="largest weight of mean1_clip, and of exp(A / beta) before it is scaled")
+    ema_decay: BelowOne = Field(description="decay of moving averages, per step")
+    warmup: Count = Field(description="steps in which a step's own statistics stand in for the moving average")
+    reference: Text | None = Field(
+        description="frozen model that rho1_* and grpo.kl compare the policy with, as for model.path"
+    )
+    critic: CriticSettings
+    rho1: Rho1Settings
+    gradient: GradientSettings
+    grpo: GrpoSettings
+
+    @property
+    def group(self) -> str:
+        """The section that the family reads."""
+        return "rho1" if self.family.startswith("rho1") else self.family
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.group == "rho1" or (self.family == "grpo" and self.grpo.kl > 0)
+
+    @property
+    def needs_reward_model(self) -> bool:
+        return self.family == "critic" and self.critic.rewards == "reward_model"
 
 
 class EvaluationSettings(Section):
@@ -231,6 +320,7 @@ class Settings(Section):
     run: RunSettings
     host: HostSettings
     model: ModelSettings
+    lora: LoraSettings
     data: DataSettings
     training: TrainingSettings
     weighting: WeightingSettings
@@ -253,21 +343,26 @@ class Settings(Section):
     def identity(self) -> dict[str, Any]:
         """The part of `flat()` that determines the numbers of the training.
 
-        Where the run lives, what it runs on, how often it saves and what it prints are left out. So are the
-        names of model, tokenizer and data set: what they contain is compared by digest, wherever it lies.
+        Where the run lives, what it runs on, how often it saves and what it prints are left out, and so is what has
+        no effect. So are the names of models, tokenizer and data set: what they contain is compared by digest,
+        wherever it lies.
         """
-        flat = self.flat()
-        built = flat["model.path"] is None
         return {
             key: value
-            for key, value in flat.items()
+            for key, value in self.flat().items()
             if key == "run.seed"
-            or (
-                key.split(".")[0] not in _NOT_IDENTITY_SECTIONS
-                and key not in _NOT_IDENTITY
-                and (built or key not in MODEL_SHAPE)
-            )
+            or (key.split(".")[0] not in _NOT_IDENTITY_SECTIONS and key not in _NOT_IDENTITY and self._has_effect(key))
         }
+
+    def _has_effect(self, key: str) -> bool:
+        """Whether anything is done otherwise because of it: what other families and new models read is not."""
+        section, _, rest = key.partition(".")
+        if section == "weighting" and rest != "family":
+            own = rest.split(".")[0] if "." in rest else self.weighting.group
+            return self.weighting.family != "uniform" and own == self.weighting.group
+        if section == "lora":
+            return self.lora.rank > 0
+        return self.model.path is None or key not in MODEL_SHAPE
 
     def digest(self) -> str:
         """SHA-256, in hex, of `identity()` as canonical JSON."""
@@ -276,7 +371,17 @@ class Settings(Section):
 
 
 _NOT_IDENTITY_SECTIONS = frozenset({"recipe", "preset", "run", "host", "checkpoint", "logging", "cloud"})
-_NOT_IDENTITY = frozenset({"model.path", "model.tokenizer", "data.dataset"})
+_NOT_IDENTITY = frozenset(
+    {
+        "model.path",
+        "model.tokenizer",
+        "data.dataset",
+        "data.format",
+        "weighting.reference",
+        "weighting.critic.value",
+        "weighting.critic.reward_model",
+    }
+)
 # what a model built from settings looks like; a model from a folder brings its own
 MODEL_SHAPE = tuple(
     f"model.{name}" for name in ModelSettings.model_fields if name not in ("path", "tokenizer", "heads")

@@ -14,6 +14,10 @@ the epoch of its lease (none for epoch 0, that of workers without lease), and th
 
     checkpoints/<run>/step_1000/manifest.json    step_1000/e7/<file>    shared/e7/<sha256>.safetensors
     checkpoints/<run>/lease.json
+
+Only in the work directory, and made anew where it is gone::
+
+    cache/scores/<digest>/…            what frozen models say of a data set
 """
 
 import re
@@ -68,6 +72,10 @@ def asset_prefix(kind: AssetKind, folder: str) -> str:
 
 def asset_dir(workdir: Path, kind: AssetKind, folder: str) -> Path:
     return workdir / kind / folder
+
+
+def scores_dir(workdir: Path) -> Path:
+    return workdir / "cache" / "scores"
 
 
 @dataclass(frozen=True)

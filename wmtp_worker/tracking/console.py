@@ -128,11 +128,11 @@ def _handler(handler: logging.Handler) -> Iterator[None]:
 
 
 class StepBar:
-    """A live bar over the optimizer steps on a terminal; nothing in a pipe, where the log lines say it all."""
+    """A live bar over steps, optimizer's or others, on a terminal; nothing in a pipe: the log lines say it all."""
 
-    def __init__(self, console: Console, total: int, completed: int) -> None:
+    def __init__(self, console: Console, total: int, completed: int, title: str = "training") -> None:
         self._progress = Progress(
-            TextColumn("training"),
+            TextColumn(title),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
@@ -142,7 +142,7 @@ class StepBar:
             transient=True,
             disable=not console.is_terminal,
         )
-        self._task = self._progress.add_task("training", total=total, completed=completed, note="")
+        self._task = self._progress.add_task(title, total=total, completed=completed, note="")
 
     def update(self, completed: int, note: str) -> None:
         self._progress.update(self._task, completed=completed, note=note)

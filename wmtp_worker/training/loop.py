@@ -15,7 +15,6 @@ from wmtp_worker.training.loss import head_losses_backward, mtp_labels
 from wmtp_worker.training.schedule import learning_rate
 from wmtp_worker.training.session import Session, seed_step
 from wmtp_worker.training.validation import validate
-from wmtp_worker.weighting import uniform
 
 log = logging.getLogger(__name__)
 
@@ -65,15 +64,15 @@ def train_step(session: Session) -> str:
     for group in session.optimizer.param_groups:
         group["lr"] = rate
     session.optimizer.zero_grad(set_to_none=True)
-    losses = torch.zeros(model.heads, device=session.device)
-    for batch, target in zip(batches, targets, strict=True):
+    weighs = session.weighter.begin(progress.step, batches, targets)
+    losses = torch.zeros(2, model.heads, device=session.device)
+    for batch, target, weigh in zip(batches, targets, weighs, strict=True):
         session.check()
         session.heartbeat.beat("train", step=progress.step)
-        target = target.to(session.device)
-        weights = uniform.weights(target != IGNORE)
-        losses += head_losses_backward(model, batch.to(session.device), target, weights, counts, training.precision)
+        batch, target = batch.to(session.device), target.to(session.device)
+        losses += head_losses_backward(model, batch, target, weigh, counts, training.precision)
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), training.grad_clip or math.inf))
-    head_loss = losses.tolist()
+    head_loss, unweighted = losses.tolist()
     loss = sum(head_loss) / model.heads
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise session.diverged(f"the loss is {loss}, the gradient's norm {norm}")
@@ -81,6 +80,7 @@ def train_step(session: Session) -> str:
     session.optimizer.step()
 
     tokens = sum(batch.real_tokens for batch in batches)
+    weighting = session.weighter.end()
     progress.step += 1
     progress.position = after
     progress.tokens += tokens
@@ -90,6 +90,9 @@ def train_step(session: Session) -> str:
         progress.step,
         loss=loss,
         head_loss=head_loss,
+        unweighted_loss=sum(unweighted) / model.heads,
+        unweighted_head_loss=unweighted,
+        **weighting,
         lr=rate,
         grad_norm=norm,
         tokens=tokens,
@@ -100,6 +103,8 @@ def train_step(session: Session) -> str:
     session.saving.stepped(seconds)
     session.report("train", loss=loss, tokens_per_second=tokens / seconds)
     note = f"loss {loss:.4f}  {tokens / seconds:,.0f} tokens/s"
+    if weighting.get("weight_std"):
+        note += f"  weights ±{weighting['weight_std']:.2f} entropy {weighting['weight_entropy']:.3f}"
     if progress.step % session.settings.logging.every == 0 or session.finished:
         log.info("step %d/%d  %s  lr %.2e  grad norm %.2f", progress.step, training.max_steps, note, rate, norm)
     return note

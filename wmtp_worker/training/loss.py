@@ -8,11 +8,14 @@ forward and backward and is freed before the next (their section "Memory-efficie
 head's logits exist at a time; then the trunk runs backward once with the sum of the heads' gradients.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
 from wmtp_worker.data.packing import IGNORE, Batch
-from wmtp_worker.model.mtp import MTPForCausalLM, packed_attention_mask
+from wmtp_worker.model.mtp import MTPForCausalLM, TrunkOutput, packed_attention_mask
 
 
 def mtp_labels(labels: torch.Tensor, segment_ids: torch.Tensor, heads: int) -> torch.Tensor:
@@ -28,32 +31,65 @@ def mtp_labels(labels: torch.Tensor, segment_ids: torch.Tensor, heads: int) -> t
     return targets
 
 
+@dataclass(frozen=True)
+class Head:
+    """What one head made of one micro-batch, without gradient: what its weights may be computed from.
+
+    `number`: 1…n. `targets`: int64 [batch, time]; `logits`: [batch, time, vocabulary]; `losses`: cross-entropies in
+    nats, float32 [batch, time].
+    """
+
+    number: int
+    batch: Batch
+    targets: torch.Tensor
+    logits: torch.Tensor
+    losses: torch.Tensor
+
+
+# a head's weights: float32 [batch, time]
+Weigh = Callable[[Head], torch.Tensor]
+
+
 def head_losses_backward(
     model: MTPForCausalLM,
     batch: Batch,
     targets: torch.Tensor,
-    weights: torch.Tensor,
+    weigh: Weigh,
     counts: torch.Tensor,
     precision: str,
 ) -> torch.Tensor:
     """Add the gradient of L on this micro-batch to the parameters' `.grad`.
 
-    `targets`: int64 [batch, time, heads]; `weights`: float32, same shape; `counts`: N_k over the whole optimizer
-    step, float32 [heads]. Returns this micro-batch's share of each head's weighted loss, float32 [heads], detached:
-    summed over the micro-batches they are the heads' losses, and their mean is L.
+    `targets`: int64 [batch, time, heads]; `weigh` is asked for each head's weights when its losses are known, the
+    heads in order; `counts`: N_k over the whole optimizer step, float32 [heads]. Returns this micro-batch's share of
+    each head's loss, weighted in row 0 and unweighted in row 1, float32 [2, heads], detached: summed over the
+    micro-batches they are the heads' losses, and the mean of row 0 is L.
     """
     heads = model.heads
-    losses = torch.zeros(heads, device=targets.device)
+    losses = torch.zeros(2, heads, device=targets.device)
     with autocast(targets.device, precision):
         trunk = model.trunk(batch.input_ids, batch.position_ids, packed_attention_mask(batch.segment_ids))
         leaf = trunk.detached()
         for number in range(1, heads + 1):
-            token_losses = _token_losses(model.head_logits(number, leaf), targets[..., number - 1])
-            loss = (token_losses * weights[..., number - 1]).sum() / counts[number - 1]
+            token_losses, weights = _weighed(model, number, leaf, batch, targets[..., number - 1], weigh)
+            loss = (token_losses * weights).sum() / counts[number - 1]
             (loss / heads).backward()
-            losses[number - 1] = loss.detach()
-    trunk.hidden.backward(leaf.hidden.grad)
+            losses[0, number - 1] = loss.detach()
+            losses[1, number - 1] = token_losses.detach().sum() / counts[number - 1]
+    if trunk.hidden.requires_grad:  # not where only heads are trained
+        trunk.hidden.backward(leaf.hidden.grad)
     return losses
+
+
+def _weighed(
+    model: MTPForCausalLM, number: int, leaf: TrunkOutput, batch: Batch, targets: torch.Tensor, weigh: Weigh
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One head's cross-entropies and their weights, [batch, time]; its logits are gone before they are learned from."""
+    logits = model.head_logits(number, leaf)
+    losses = _token_losses(logits, targets)
+    # weights are computed in fp32, whatever the model is
+    with torch.no_grad(), torch.autocast(targets.device.type, enabled=False):
+        return losses, weigh(Head(number, batch, targets, logits.detach(), losses.detach()))
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -96,7 +96,7 @@ def run(settings: Settings, stop: StopRequest, console: Console) -> Summary:
             try:
                 bucket.fetch()
                 phases.done("fetch")
-                session = build_session(settings, paths, stop, heartbeat, bucket)
+                session = build_session(settings, paths, stop, heartbeat, bucket, console)
                 phases.done("setup")
                 bucket.wait_for_checkpoint()
                 phases.done("checkpoint")

@@ -31,6 +31,8 @@ from wmtp_worker.tracking.heartbeat import Heartbeat
 from wmtp_worker.tracking.metrics import MetricsLog
 from wmtp_worker.training.bucket import RunBucket
 from wmtp_worker.training.saving import Saving
+from wmtp_worker.training.weights import Weighter
+from wmtp_worker.weighting.statistics import MovingAverage
 
 log = logging.getLogger(__name__)
 
@@ -68,11 +70,12 @@ class Progress:
 
 @dataclass(frozen=True)
 class State:
-    """The content of `state.json`: how far the run is, and what its last bits depend on."""
+    """The content of `state.json`: how far the run is, what its last bits depend on, what the weighting remembers."""
 
     progress: Progress
     threads: int
     device: str
+    weighting: Mapping[str, MovingAverage] = field(default_factory=dict)
 
 
 @dataclass
@@ -84,6 +87,7 @@ class Session:
     device: torch.device
     model: MTPForCausalLM
     optimizer: torch.optim.Optimizer
+    weighter: Weighter
     train_data: Dataset
     validation_data: Dataset
     identity: dict[str, Any]
@@ -163,7 +167,7 @@ class Session:
             step=self.progress.step,
             tensors={MODEL: trainable, OPTIMIZER: optimizer_tensors(self.optimizer, self.parameter_names)},
             documents={
-                STATE: asdict(State(self.progress, self.threads, self.device.type)),
+                STATE: asdict(State(self.progress, self.threads, self.device.type, self.weighter.memory.averages)),
                 **self._documents,
             },
             facts=self._facts,
@@ -207,6 +211,7 @@ class Session:
         else:
             load_optimizer(self.optimizer, self.parameter_names, checkpoint.tensors(OPTIMIZER), where)
         self.progress = state.progress
+        self.weighter.memory.averages = state.weighting
         self.resumed_from = self.progress.step
         self._look_for_best()
         for what, before, now in (
@@ -243,7 +248,9 @@ class Session:
 
     def _name_of(self, key: str) -> str:
         """What is compared by digest has a name too, which says more to a person."""
-        return f" ({redact(str(self.settings.flat()[key]))})" if key in ("data.dataset", "model.path") else ""
+        flat = self.settings.flat()
+        by_digest = key in flat and key not in self.settings.identity() and key in self.identity
+        return f" ({redact(str(flat[key]))})" if by_digest else ""
 
     def diverged(self, what: str) -> TrainingDiverged:
         """The error that ends the run, naming the checkpoint it stands on: all that was saved is finite."""

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.console import Console
 
 from wmtp_worker.assets.resolve import dataset_digest, dataset_folder, model_folder, tokenizer_folder
 from wmtp_worker.checkpoint.restore import find
 from wmtp_worker.data.dataset import Dataset
-from wmtp_worker.data.formats import read_split
+from wmtp_worker.data.formats import Format, read_split
 from wmtp_worker.data.problems import Split
 from wmtp_worker.data.sampler import PackedSampler
 from wmtp_worker.data.tokenizer import Sample, encode_all, load_tokenizer
@@ -19,28 +20,33 @@ from wmtp_worker.errors import DiskFullError, InputError
 from wmtp_worker.host.device import make_deterministic, resolve_device, set_threads
 from wmtp_worker.host.limits import disk_free
 from wmtp_worker.host.stop import StopRequest
+from wmtp_worker.model.compat import Named, check_vocabulary
 from wmtp_worker.model.loading import base_digest, build, load
+from wmtp_worker.model.lora import add_lora
 from wmtp_worker.model.mtp import MTPForCausalLM
 from wmtp_worker.settings import Settings
 from wmtp_worker.storage.atomic import set_aside
 from wmtp_worker.storage.layout import RunPaths
 from wmtp_worker.tracking.heartbeat import Heartbeat
 from wmtp_worker.training.bucket import RunBucket
+from wmtp_worker.training.columns import Policy, add_columns
+from wmtp_worker.training.scores import Scorer
 from wmtp_worker.training.session import Session
+from wmtp_worker.training.weights import Weighter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 log = logging.getLogger(__name__)
 
-# weights and AdamW's two moments, all fp32
-_BYTES_PER_PARAMETER = 12
+# all fp32: weights, and AdamW's two moments of those that are trained
+_BYTES_OF_WEIGHT, _BYTES_OF_MOMENTS = 4, 8
 
 
 def build_session(
-    settings: Settings, paths: RunPaths, stop: StopRequest, heartbeat: Heartbeat, bucket: RunBucket
+    settings: Settings, paths: RunPaths, stop: StopRequest, heartbeat: Heartbeat, bucket: RunBucket, console: Console
 ) -> Session:
-    """Load data and model. Polls `stop` and `bucket` between the parts, and while it tokenizes."""
+    """Load data and models. Polls `stop` and `bucket` between the parts, and while it tokenizes and scores."""
     threads = set_threads(settings.host.threads)
     device = resolve_device(settings.host.device)
     make_deterministic(device)
@@ -63,23 +69,29 @@ def build_session(
         base = model_folder(settings)
         model = load(base, settings.model.heads) if base else build(settings, tokenizer)
         check_fit(settings, model, tokenizer)
+        if settings.lora.rank:
+            add_lora(model, **settings.lora.model_dump(), seed=settings.run.seed)
         base_model_digest = base_digest(base, stop.check) if base else None
-        model.to(device).train()  # type: ignore[arg-type]  # transformers hides nn.Module.to's signature
+    policy = Policy(Named(f"the policy ({tokens})", tokenizer), tokenizer_digest(tokens))
+    train_data, frozen = add_columns(settings, train_data, policy, Scorer(settings, device, poll, heartbeat, console))
+    # what these hold counts, not where it lies
+    digests = {
+        "data.dataset": dataset_digest(folder, data_format(settings)),
+        "model.tokenizer": policy.digest,
+        "model.path": base_model_digest,
+        **frozen,
+    }
+    model.to(device).train()  # type: ignore[arg-type]  # transformers hides nn.Module.to's signature
     return Session(
         settings=settings,
         paths=paths,
         device=device,
         model=model,
         optimizer=_optimizer(settings, model),
+        weighter=Weighter(settings.weighting, settings.run.seed, lambda: model.lm_head.weight),
         train_data=train_data,
         validation_data=validation_data,
-        # what these three hold counts, not where it lies
-        identity={
-            **settings.identity(),
-            "data.dataset": f"sha256 {dataset_digest(folder)}",
-            "model.tokenizer": f"sha256 {tokenizer_digest(tokens)}",
-            "model.path": base_model_digest and f"sha256 {base_model_digest}",
-        },
+        identity={**settings.identity(), **{key: digest and f"sha256 {digest}" for key, digest in digests.items()}},
         base_model_digest=base_model_digest,
         threads=threads,
         stop=stop,
@@ -93,10 +105,12 @@ def load_split(
 ) -> Dataset:
     """Read and tokenize one split; `poll` is called before each sample and may raise to stop. Raises `InputError`."""
     limit = settings.data.sequence_length
+    # what the policy is to be good at is the right ones, whatever it learns from
+    solutions = settings.data.solutions if split == "train" else "correct"
     samples: list[Sample] = []
-    for number, problem in enumerate(read_split(folder, split)):
+    for number, problem in enumerate(read_split(folder, split, data_format(settings))):
         poll()
-        samples += encode_all(tokenizer, problem, number)
+        samples += encode_all(tokenizer, problem, number, solutions)
     if not samples:
         raise InputError(
             f"no {split} problem has a correct Python solution",
@@ -118,6 +132,11 @@ def load_split(
     return Dataset(fitting, sampler, limit, pad_id)
 
 
+def data_format(settings: Settings) -> Format | None:
+    """`data.format`; None: to be found out."""
+    return None if settings.data.format == "auto" else settings.data.format
+
+
 def check_fit(settings: Settings, model: MTPForCausalLM, tokenizer: "PreTrainedTokenizerFast") -> None:
     longest = model.config.max_position_embeddings
     if settings.data.sequence_length > longest:
@@ -126,12 +145,7 @@ def check_fit(settings: Settings, model: MTPForCausalLM, tokenizer: "PreTrainedT
             where=settings.sources.get("data.sequence_length", "settings"),
             fix=f"set data.sequence_length to {longest} or less",
         )
-    if len(tokenizer) > model.config.vocab_size:
-        raise InputError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {model.config.vocab_size}",
-            where="model.tokenizer",
-            fix="use the tokenizer that belongs to the model",
-        )
+    check_vocabulary(Named("model.tokenizer", tokenizer), "the policy", model.config.vocab_size)
 
 
 def _optimizer(settings: Settings, model: MTPForCausalLM) -> torch.optim.AdamW:
@@ -139,12 +153,14 @@ def _optimizer(settings: Settings, model: MTPForCausalLM) -> torch.optim.AdamW:
     training = settings.training
 
     def having(matrix: bool) -> Iterable[torch.nn.Parameter]:
-        return [parameter for parameter in model.parameters() if (parameter.ndim >= 2) == matrix]
+        trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+        return [parameter for parameter in trained if (parameter.ndim >= 2) == matrix]
 
     groups: list[dict[str, Any]] = [
         {"params": having(True), "weight_decay": training.weight_decay},
         {"params": having(False), "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]  # adapters have no norms
     return torch.optim.AdamW(
         groups, lr=training.lr, betas=(training.beta1, training.beta2), eps=training.eps, fused=True
     )
@@ -204,8 +220,9 @@ def _warn_of_fresh_start(session: Session, damaged: bool) -> None:
 
 
 def _check_disk(session: Session) -> None:
-    parameters = sum(parameter.numel() for parameter in session.model.parameters())
-    needed = parameters * _BYTES_PER_PARAMETER
+    parameters = list(session.model.parameters())
+    needed = sum(parameter.numel() for parameter in parameters) * _BYTES_OF_WEIGHT
+    needed += sum(parameter.numel() for parameter in parameters if parameter.requires_grad) * _BYTES_OF_MOMENTS
     free = disk_free(session.paths.checkpoints)
     # the first save takes the place of older ones, where the process before this one trained on with a full disk
     older = [session.paths.step(step) for step in session.paths.steps() if step < session.progress.step]

@@ -1,4 +1,4 @@
-"""Locks between processes that download to one place; they die with their process."""
+"""Locks between processes that write to one place; they die with their process."""
 
 import contextlib
 import fcntl
@@ -22,7 +22,7 @@ def file_lock(path: Path, check: Heed) -> Iterator[None]:
     waited = False
     while (descriptor := _try(path)) is None:
         if not waited:
-            LOG.info("waiting for another process that downloads to %s", shown(str(path.parent.parent)))
+            LOG.info("waiting for another process that writes to %s", shown(str(path.parent.parent)))
             waited = True
         time.sleep(POLL)
         check()

@@ -1,0 +1,134 @@
+"""Models that only look at the data, before the policy is trained on it: reference, value and reward model."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from transformers import LlamaConfig
+
+from wmtp_worker.assets.resolve import reference_folder, reward_folder, value_weights
+from wmtp_worker.data.packing import Batch
+from wmtp_worker.data.tokenizer import load_tokenizer, tokenizer_files
+from wmtp_worker.errors import InputError
+from wmtp_worker.model.compat import Named, check_same_tokens, check_vocabulary
+from wmtp_worker.model.folder import read_config
+from wmtp_worker.model.layouts import open_stored
+from wmtp_worker.model.loading import base_digest, load
+from wmtp_worker.model.mtp import packed_attention_mask
+from wmtp_worker.model.reward import load_reward
+from wmtp_worker.model.stored import map_pickled
+from wmtp_worker.model.value import rebuild_value
+from wmtp_worker.settings import Settings
+from wmtp_worker.training.families import REFERENCE_LOSS, REWARD, VALUE
+
+if TYPE_CHECKING:
+    pass
+
+log = logging.getLogger(__name__)
+
+# what a model says of each token of a batch, both on its device: float32 [rows, time]
+Judge = Callable[[Batch], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A model whose configuration was read, and nothing else yet.
+
+    `column` is what it says of each token, `key` the setting that names it; `load` gives it on a device.
+    """
+
+    column: str
+    key: str
+    path: Path
+    config: LlamaConfig
+    load: Callable[[torch.device], Judge]
+
+    @property
+    def name(self) -> str:
+        return f"the {self.column.split('_')[0]} model ({self.path})"
+
+    def digest(self, poll: Callable[[], None]) -> str:
+        """SHA-256 (hex) over its files; `poll` is called before each."""
+        return base_digest(self.path, poll)
+
+    def check(self, policy: Named, longest: int) -> None:
+        """Raise `InputError` unless it reads the policy's tokens, and samples of `longest` tokens."""
+        check_vocabulary(policy, self.name, self.config.vocab_size)
+        if tokenizer_files(self.path):
+            check_same_tokens(policy, Named(self.name, load_tokenizer(self.path)))
+        else:
+            log.warning("%s has no tokenizer beside it: believed to have the policy's", self.name)
+        if longest > (positions := self.config.max_position_embeddings):
+            raise InputError(
+                f"{self.name} has {positions} positions, the longest sample {longest} tokens",
+                where=self.key,
+                fix=f"set data.sequence_length={positions}, or take another model",
+            )
+
+
+def frozen_models(settings: Settings) -> list[Frozen]:
+    """Those that the weighting family needs. Raises `InputError` for what is not there or is no such model."""
+    found = []
+    if (path := reference_folder(settings)) is not None:
+        found.append(_reference(path))
+    if (path := value_weights(settings)) is not None:
+        found.append(_value(path))
+    if (path := reward_folder(settings)) is not None:
+        found.append(_reward(path))
+    return found
+
+
+def _reference(path: Path) -> Frozen:
+    stored = open_stored(path)
+
+    def on(device: torch.device) -> Judge:
+        model = load(path, stored.heads).to(device).eval()  # type: ignore[arg-type]  # transformers hides nn.Module.to
+
+        def losses(batch: Batch) -> torch.Tensor:
+            """Cross-entropy of each token by head 1, in nats; 0 for the first of a sequence, which nothing predicts."""
+            mask = packed_attention_mask(batch.segment_ids)
+            trunk = model.trunk(batch.input_ids, batch.position_ids, mask)
+            logits, targets = model.head_logits(1, trunk)[:, :-1], batch.input_ids[:, 1:]
+            found = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+            inside = batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1]
+            return F.pad(found.view(targets.shape).where(inside, 0), (1, 0))
+
+        return losses
+
+    return Frozen(REFERENCE_LOSS, "weighting.reference", path, LlamaConfig.from_dict(stored.config), on)
+
+
+def _value(path: Path) -> Frozen:
+    content = map_pickled(path)
+    config: dict[str, Any] = content.get("config", {})
+    try:
+        llama, tensors = LlamaConfig.from_dict(config), dict(content["model"])
+    except Exception as error:  # a config that makes no sense raises anything
+        raise InputError(
+            "holds no config and model", where=str(path), fix="use the weights of a run that trained values"
+        ) from error
+
+    def on(device: torch.device) -> Judge:
+        return _per_token(rebuild_value(config, tensors, str(path)).to(device).eval())
+
+    return Frozen(VALUE, "weighting.critic.value", path, llama, on)
+
+
+def _reward(path: Path) -> Frozen:
+    def on(device: torch.device) -> Judge:
+        return _per_token(load_reward(path).to(device).eval())
+
+    key = "weighting.critic.reward_model"
+    return Frozen(REWARD, key, path, LlamaConfig.from_dict(read_config(path)), on)
+
+
+def _per_token(model: torch.nn.Module) -> Judge:
+    def judge(batch: Batch) -> torch.Tensor:
+        found: torch.Tensor = model(batch.input_ids, batch.position_ids, packed_attention_mask(batch.segment_ids))
+        return found
+
+    return judge
