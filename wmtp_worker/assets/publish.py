@@ -5,6 +5,7 @@ from pathlib import Path
 
 from wmtp_worker.assets.fetch import PUSHING
 from wmtp_worker.assets.links import own_files
+from wmtp_worker.data.files import ENDINGS
 from wmtp_worker.errors import InputError, IntegrityError, PreconditionFailed
 from wmtp_worker.storage.layout import MANIFEST, AssetKind, asset_name, asset_prefix
 from wmtp_worker.storage.objects import ObjectStore
@@ -13,7 +14,10 @@ from wmtp_worker.storage.sealed import push_sealed, read_seal
 from wmtp_worker.storage.transfer import Transfer
 
 # any one of them makes a folder what it is said to be
-_SIGNS = {"models": ("config.json", "tokenizer.json"), "datasets": ("*.jsonl",)}
+_SIGNS = {
+    "models": ("config.json", "tokenizer.json", "params.json", "tokenizer.model", "*.gguf"),
+    "datasets": tuple(f"{place}*{ending}" for place in ("", "*/") for ending in ENDINGS),
+}
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,9 @@ def _seal(folder: Path, kind: AssetKind) -> Seal:
     signs = _SIGNS[kind]
     if not any(next(folder.glob(sign), None) for sign in signs):
         what = "model or tokenizer" if kind == "models" else "data set"
-        fix = "add --dataset for a data set" if kind == "models" else "a data set has *.jsonl files"
-        raise InputError(f"the folder holds no {what}: no {' and no '.join(signs)}", where=str(folder), fix=fix)
+        fix = "add --dataset for a data set" if kind == "models" else "leave --dataset out for a model or tokenizer"
+        lacking = ", ".join(sign for sign in signs if not sign.startswith("*/"))
+        raise InputError(f"the folder holds no {what}: none of {lacking}", where=str(folder), fix=fix)
     if not (folder / MANIFEST).exists():
         return seal_folder(folder)
     try:

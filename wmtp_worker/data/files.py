@@ -1,7 +1,7 @@
 """Where the files of a data set lie, and their records, one at a time.
 
 JSON lines, plain or compressed (`.gz`, `.zst`), and Parquet; no file is ever held in memory. A split is `train.jsonl`
-or several `train-….jsonl`, with any of the endings, in the folder or in its `data/`; else the folder's only file.
+or several `train-….jsonl`, with any of the endings, all in one place (`place_of`); else the folder's only file.
 """
 
 import codecs
@@ -9,20 +9,22 @@ import gzip
 import hashlib
 import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 from typing import IO, Any, TypeVar
 
 from pydantic import ValidationError
 
-from wmtp_worker.data.problems import SPLITS, Record, Split, expected_keys
+from wmtp_worker.data.problems import Record, Split, expected_keys
 from wmtp_worker.errors import InputError
 
 MBPP_FILE = "mbpp.jsonl"
-_ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 _NAMES: dict[str, Split] = {"train": "train", "validation": "validation", "valid": "validation", "test": "test"}
+# where the hub's data sets have their files, or those of the configuration that one means
+_PLACES = (".", "data", "default", "main", "full")
 _LONGEST = 1 << 28  # bytes of one record: no memory holds a file without line ends
 _ROWS = 16
 
@@ -33,23 +35,29 @@ def single_file(folder: Path) -> Path | None:
         return folder
     if (folder / MBPP_FILE).is_file():
         return folder / MBPP_FILE
-    if any(own_files(folder, split) for split in SPLITS):
-        return None
     paths = _data_files(folder)
-    return paths[0] if len(paths) == 1 else None
+    return paths[0] if len(paths) == 1 and split_of(paths[0]) is None else None
 
 
 def own_files(folder: Path, split: Split) -> list[Path]:
     """The files named after a split, in order; empty if there are none."""
-    for place in (folder, folder / "data"):
-        if paths := [path for path in _data_files(place) if split_of(path) == split]:
-            return paths
-    return []
+    return [path for path in _data_files(folder) if split_of(path) == split]
 
 
-def split_of(path: Path) -> Split | None:
+def place_of(names: Iterable[str]) -> str:
+    """The folder, relative to theirs, whose files are the data set: `names` are relative, `/` between their parts.
+
+    The first of ".", "data", "default", "main", "full" that has files named after splits; else the only folder that
+    has; else ".".
+    """
+    telling = {str(path.parent) for path in map(PurePosixPath, names) if split_of(path) or path.name == MBPP_FILE}
+    first = next((place for place in _PLACES if place in telling), None)
+    return first or (telling.pop() if len(telling) == 1 else ".")
+
+
+def split_of(path: PurePath) -> Split | None:
     """The split that a file is named after: `valid-00000-of-00001.parquet` is one of "validation"."""
-    stem = next((path.name.removesuffix(ending) for ending in _ENDINGS if path.name.endswith(ending)), path.name)
+    stem = next((path.name.removesuffix(ending) for ending in ENDINGS if path.name.endswith(ending)), path.name)
     return _NAMES.get(stem.split("-")[0])
 
 
@@ -62,7 +70,9 @@ def missing(folder: Path, split: Split) -> InputError:
 
 
 def _data_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*") if path.name.endswith(_ENDINGS) and path.is_file())
+    paths = [path for pattern in ("*", "[!.]*/*") for path in folder.glob(pattern) if path.name.endswith(ENDINGS)]
+    place = place_of(path.relative_to(folder).as_posix() for path in paths)
+    return sorted(path for path in paths if path.parent == folder / place and path.is_file())
 
 
 def sha256(path: Path) -> str:
