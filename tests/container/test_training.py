@@ -42,8 +42,9 @@ def read(image, volume, docker):
 def test_locked_down_smoke_training_turns_healthy_and_ends_well(start, volume, read):
     locked_down = ("--read-only", "--user", "12345:12345", "--memory", "2g", "--cap-drop", "ALL")
     hardened = ("--security-opt", "no-new-privileges", "--pids-limit", "256")
-    options = (*locked_down, *hardened, "--volume", f"{volume}:/workspace")
-    container = start("train", "--preset", "smoke", options=options)
+    often = ("--health-interval", "2s")
+    options = (*locked_down, *hardened, *often, "--volume", f"{volume}:/workspace")
+    container = start("train", "--preset", "smoke", "--set=training.max_steps=20", options=options)
     container.until(lambda: container.health() == "healthy", "health")
     assert container.exit_code() == 0, container.logs()
     found = read("stat -c '%u:%g' checkpoints/*/final.pt && cat checkpoints/*/heartbeat.json")

@@ -49,7 +49,7 @@ def published(s3, s3_server, tmp_path):
 def test_a_bucket_that_is_away_all_the_time(s3, tiny_run, run_record, published, tmp_path):
     s3.refuse()
     with pytest.raises(NotSafeError, match="not in the bucket yet: ") as caught:
-        tiny_run(tmp_path / "work", *s3.settings)
+        tiny_run(tmp_path / "work", *s3.settings, "cloud.close_seconds=3")
     assert caught.value.exit_code == 74
     assert {"step_12", "final.pt"} <= set(caught.value.what.replace(",", " ").replace(";", " ").split())
     assert str(tmp_path / "work") in caught.value.fix
@@ -144,7 +144,7 @@ def test_a_stop_says_what_is_not_in_the_bucket(s3, tiny_run, monkeypatch, tmp_pa
 
     monkeypatch.setattr(loop, "train_step", stopping)
     with pytest.raises(Interrupted, match="not in the bucket yet: step_5"):
-        tiny_run(tmp_path / "work", *s3.settings, stop=stop)
+        tiny_run(tmp_path / "work", *s3.settings, "cloud.close_seconds=3", stop=stop)
     assert RunPaths(tmp_path / "work", RUN).steps() == [3, 5]
 
 
@@ -169,7 +169,7 @@ def test_going_back_sets_later_steps_aside_in_the_bucket_too(
 
 def test_a_checkpoint_on_its_way_stays_on_the_disk(s3, tiny_run, published, tmp_path):
     # each answer comes late, so saves come faster than uploads
-    s3.latency_down = 0.2
+    s3.latency_down = 0.1
     limits = ("checkpoint.every=1", "checkpoint.keep_last=1", "evaluation.every=0", "cloud.close_seconds=90")
     tiny_run(tmp_path / "work", *s3.settings, *limits)
     assert published() == [12]

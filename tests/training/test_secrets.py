@@ -2,13 +2,11 @@
 
 import json
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.kills.processes import Worker
 from wmtp_worker.storage import CloudSync
 
 SECRET = ("KEY", "SECRET", "TOKEN", "CONNECTION_STRING", "CREDENTIALS_JSON")
@@ -37,19 +35,14 @@ def test_no_secret_is_written_anywhere(provider, refused, request, tiny_settings
     environ = server.wrong_environ if refused else server.environ
     planted = secrets(environ)
     assert planted
-    variables = {
-        **server.variables(server.make_bucket(), patience=1),
-        **environ,
-        "WMTP_WORKDIR": str(tmp_path / "work"),
-    }
-    variables |= {"WMTP_LOGGING__LEVEL": "debug", "WMTP_TRAINING__MAX_STEPS": "3"}
-    command = [sys.executable, "-m", "wmtp_worker", "train", "--run-name", "tiny"]
-    for setting in tiny_settings:
-        if not setting.startswith("training.max_steps"):
-            command += ["--set", setting]
-    done = subprocess.run(command, env={**os.environ, **variables}, cwd=tmp_path, capture_output=True, timeout=120)
-    assert done.returncode == (78 if refused else 0), done.stderr.decode()
-    everything = done.stdout + done.stderr + files(tmp_path)
+    variables = {**server.variables(server.make_bucket(), patience=1), **environ, "WMTP_LOGGING__LEVEL": "debug"}
+    workdir, output = tmp_path / "work", tmp_path / "output.txt"
+    workdir.mkdir()
+    settings = (*tiny_settings, "training.max_steps=3")
+    # forked: of the command itself only the loading of modules is left out
+    worker = Worker(workdir, settings, output, variables, fork=True)
+    assert worker.wait(120) == (78 if refused else 0), output.read_text()
+    everything = files(tmp_path)
     if not refused:
         for name, value in environ.items():
             monkeypatch.setenv(name, value)
