@@ -43,6 +43,13 @@ def reward_folder(settings: Settings) -> Path | None:
     return _model(settings, "weighting.critic.reward_model", wanted)
 
 
+def backbone_folder(settings: Settings) -> Path | None:
+    """What the value model begins as: `value.backbone`, else the policy's own; None where that is built."""
+    if settings.value.backbone is None:
+        return model_folder(settings)
+    return _model(settings, "value.backbone", settings.value.backbone)
+
+
 def value_weights(settings: Settings) -> Path | None:
     """The file that `weighting.critic.value` means, None where the family has no value model.
 

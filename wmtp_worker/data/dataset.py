@@ -1,7 +1,7 @@
 """Samples, what is known of each of their tokens, and how they are cut into batches."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,14 +15,15 @@ from wmtp_worker.data.tokenizer import Sample
 class Dataset:
     """Tokenized samples and how they are cut into batches.
 
-    `columns`: by name, one float32 array per sample, as long as its ids; the batches carry them along. Raises
-    `ValueError` for a column of another length.
+    `difficulties`: of each problem, by its number, None where that is not known. `columns`: by name, one float32 array
+    per sample, as long as its ids; the batches carry them along. Raises `ValueError` for a column of another length.
     """
 
     samples: list[Sample]
     sampler: PackedSampler
     sequence_length: int
     pad_id: int
+    difficulties: Sequence[int | None] = ()
     columns: Mapping[str, Column] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from wmtp_worker.errors import InputError
 from wmtp_worker.model.loading import load, load_tensors
 from wmtp_worker.model.lora import add_lora
-from wmtp_worker.model.mtp import TrunkOutput, run_layers
+from wmtp_worker.model.mtp import MTPForCausalLM, TrunkOutput, run_layers
 
 _WIDTH = "value_width"  # in the config of a saved value model
 
@@ -85,18 +85,32 @@ def backbone_states(
 
 
 def value_from(folder: Path, heads: int, width: int, seed: int) -> ValueModel:
-    """A new fp32 value model on the layers of a stored policy that has `heads` heads, or of a plain Llama (1).
+    """`value_on` the layers of a stored policy that has `heads` heads, or of a plain Llama (1).
 
-    Its MLP is drawn from `seed` alone. Raises `InputError` where the folder does not load.
+    Raises `InputError` where the folder does not load.
     """
-    policy = load(folder, heads)
+    return value_on(load(folder, heads), width, seed)
+
+
+def value_on(policy: MTPForCausalLM, width: int, seed: int, trunk_head: bool = False) -> ValueModel:
+    """A new fp32 value model on the policy's layers, which become its own; its MLP is drawn from `seed` alone.
+
+    Without `trunk_head` they are all those of head 1, with its norm. With it they are the trunk, frozen, under a norm
+    that is new: what a `TrunkValue` is on the policy. Then the policy must have at least two layers.
+    """
     config = LlamaConfig.from_dict(policy.config.to_dict() | {_WIDTH: width})
+    backbone = policy.model
+    if trunk_head:
+        config.num_hidden_layers -= 1
+        backbone.layers = backbone.layers[:-1]
+        backbone.requires_grad_(False)
+        backbone.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         with torch.device("meta"):
             value = ValueModel(config)
         value.head = ValueHead(config.hidden_size, width)
-    value.backbone = policy.model
+    value.backbone = backbone
     value.backbone.config = config
     return value
 

@@ -62,6 +62,14 @@ def _prefix(value: object) -> object:
     return value
 
 
+def _bin(value: object) -> object:
+    if isinstance(value, list) and len(value) == 3 and all(type(number) in (int, float) for number in value):
+        low, high, weight = value
+        if 0 <= low <= high and weight > 0:
+            return value
+    raise ValueError("has a part that is not [low, high, weight]; write as [[7, 9, 1], [10, 12, 0.5]]")
+
+
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -81,6 +89,10 @@ class RunSettings(Section):
     )
     resume: Annotated[Literal["auto", "never"] | int, BeforeValidator(_resume)] = Field(
         description="auto: from the newest checkpoint that verifies; never: start anew; a number: that step"
+    )
+    stage: Literal["all", "value"] = Field(
+        description="all: first the value model, as the run <name>-value, where the weighting needs one and none is "
+        "named, then the policy; value: only the value model"
     )
     accept_changes: list[str] = Field(
         description="settings, by dotted key, that may differ from those of the checkpoint"
@@ -124,6 +136,16 @@ class ModelSettings(Section):
     tie_embeddings: bool = Field(description="whether a new model's unembedding is its embedding")
 
 
+class PairsSettings(Section):
+    per_problem: Positive = Field(description="most pairs of a correct and an incorrect solution of one problem")
+    length_share: Fraction = Field(
+        description="largest difference between the lengths of a pair, as a part of the longer one"
+    )
+    difficulty_bins: list[Annotated[list[float], BeforeValidator(_bin)]] = Field(
+        description="[low, high, weight] each: what share of the pairs has which difficulty; empty: as the data has it"
+    )
+
+
 class DataSettings(Section):
     dataset: Text = Field(
         description="the packaged sample; a name under datasets/ in the work directory or the bucket, or org/name on "
@@ -137,6 +159,7 @@ class DataSettings(Section):
     )
     sequence_length: Annotated[int, Field(ge=2)] = Field(description="tokens in one row of a batch")
     packing: bool = Field(description="whether several samples share one row")
+    pairs: PairsSettings
 
 
 class LoraSettings(Section):
@@ -245,6 +268,33 @@ class WeightingSettings(Section):
         return self.family == "critic" and self.critic.rewards == "reward_model"
 
 
+class ValueSettings(Section):
+    objective: Literal["pairwise", "lambda_return"] = Field(
+        description="what the value model learns: to rank the ends of correct and incorrect solutions (Bradley-Terry), "
+        "or the lambda-return of the reward 1 or 0, with weighting.critic.gamma and lam"
+    )
+    backbone: Text | None = Field(
+        description="the Llama that the value model begins as, as for model.path; null: the policy's own"
+    )
+    hidden: Positive = Field(description="width of the MLP on top of it")
+    trunk_head: bool = Field(
+        description="whether only that MLP is trained, on the trunk that the policy begins with; the trunk is frozen"
+    )
+    lora_rank: Count = Field(
+        description="rank of the value model's LoRA adapters, the rest of them as in lora; 0 trains every weight"
+    )
+    max_steps: Positive | None = Field(description="optimizer steps; null: training.max_steps")
+    micro_batch_size: Positive | None = Field(
+        description="rows in one pass, with pairwise twice: of correct and of incorrect solutions; "
+        "null: training.micro_batch_size"
+    )
+    lr: AboveZero | None = Field(description="highest learning rate; null: training.lr")
+    evaluation_every: Count | None = Field(description="steps between validations; null: evaluation.every")
+    patience: Count | None = Field(
+        description="validations without improvement before training stops; 0: never; null: training.early_stopping's"
+    )
+
+
 class EvaluationSettings(Section):
     every: Count = Field(description="steps between validations; 0 validates only at the end")
     max_batches: Count = Field(description="batches of one validation; 0 takes the whole validation split")
@@ -324,6 +374,7 @@ class Settings(Section):
     data: DataSettings
     training: TrainingSettings
     weighting: WeightingSettings
+    value: ValueSettings
     evaluation: EvaluationSettings
     checkpoint: CheckpointSettings
     logging: LoggingSettings
@@ -340,29 +391,51 @@ class Settings(Section):
         """Dotted key to JSON value, in the order of the tree."""
         return dict(_flatten(self.model_dump(mode="json"), ""))
 
+    @property
+    def trains_values(self) -> bool:
+        """Whether a value model is to be trained: asked for, or needed and not named."""
+        needed = self.weighting.family == "critic" and self.weighting.critic.value is None
+        return needed or self.run.stage == "value"
+
     def identity(self) -> dict[str, Any]:
-        """The part of `flat()` that determines the numbers of the training.
+        """The part of `flat()` that determines the numbers of the training: with run.stage=value, of the value model.
 
         Where the run lives, what it runs on, how often it saves and what it prints are left out, and so is what has
         no effect. So are the names of models, tokenizer and data set: what they contain is compared by digest,
         wherever it lies.
         """
+        counts = self._counts_for_values if self.run.stage == "value" else self._counts
         return {
             key: value
             for key, value in self.flat().items()
             if key == "run.seed"
-            or (key.split(".")[0] not in _NOT_IDENTITY_SECTIONS and key not in _NOT_IDENTITY and self._has_effect(key))
+            or (key.split(".")[0] not in _NOT_IDENTITY_SECTIONS and key not in _NOT_IDENTITY and counts(key))
         }
 
-    def _has_effect(self, key: str) -> bool:
-        """Whether anything is done otherwise because of it: what other families and new models read is not."""
+    def _counts(self, key: str) -> bool:
+        """Whether the policy learns otherwise because of it: what other families and new models read has no effect."""
         section, _, rest = key.partition(".")
         if section == "weighting" and rest != "family":
             own = rest.split(".")[0] if "." in rest else self.weighting.group
             return self.weighting.family != "uniform" and own == self.weighting.group
         if section == "lora":
             return self.lora.rank > 0
+        if section == "value" or key.startswith("data.pairs."):
+            return False  # the value model's weights are compared
         return self.model.path is None or key not in MODEL_SHAPE
+
+    def _counts_for_values(self, key: str) -> bool:
+        """The same of the value model. What `stages.value_run` puts into other sections counts there."""
+        section, _, rest = key.partition(".")
+        if section == "value":
+            return rest in ("objective", "hidden", "trunk_head", "lora_rank")
+        if section == "weighting":
+            return rest in ("critic.gamma", "critic.lam") and self.value.objective == "lambda_return"
+        if section == "lora":
+            return self.value.lora_rank > 0 and rest != "rank"
+        if section == "model":
+            return self.model.path is None and self.value.backbone is None
+        return key != "data.solutions"
 
     def digest(self) -> str:
         """SHA-256, in hex, of `identity()` as canonical JSON."""

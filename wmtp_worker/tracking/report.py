@@ -38,17 +38,25 @@ def _column(records: list[dict[str, Any]], key: str) -> list[float]:
 
 def _losses(axis: "Axes", train: list[dict[str, Any]], validation: list[dict[str, Any]]) -> None:
     steps = _column(train, "step")
-    axis.plot(steps, _column(train, "loss"), color="black", linewidth=1.5, label="training, mean of heads")
-    for head in range(len(train[0]["head_loss"]) if train else 0):
+    values = bool(train) and "value_loss" in train[0]
+    loss, what = ("value_loss", "training") if values else ("loss", "training, mean of heads")
+    axis.plot(steps, _column(train, loss), color="black", linewidth=1.5, label=what)
+    for head in range(len(train[0].get("head_loss", ())) if train else 0):
         losses = [record["head_loss"][head] for record in train]
         axis.plot(steps, losses, linewidth=0.7, alpha=0.6, label=f"head {head + 1}")
-    axis.plot(_column(validation, "step"), _column(validation, "loss"), "o-", color="tab:red", label="validation")
-    axis.set_title("loss (nats per token)")
+    axis.plot(_column(validation, "step"), _column(validation, loss), "o-", color="tab:red", label="validation")
+    axis.set_title("value loss" if values else "loss (nats per token)")
     axis.set_ylim(bottom=0)
     axis.legend(fontsize="small")
 
 
 def _accuracies(axis: "Axes", validation: list[dict[str, Any]]) -> None:
+    if validation and "pairwise_accuracy" in validation[0]:
+        for key in ("pairwise_accuracy", "explained_variance", "calibration"):
+            axis.plot(_column(validation, "step"), _column(validation, key), "o-", label=key.replace("_", " "))
+        axis.set_title("validation of the values")
+        axis.legend(fontsize="small")
+        return
     for head in range(len(validation[0]["head_accuracy"]) if validation else 0):
         shares = [record["head_accuracy"][head] for record in validation]
         axis.plot(_column(validation, "step"), shares, "o-", label=f"head {head + 1}")

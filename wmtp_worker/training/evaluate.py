@@ -16,7 +16,8 @@ from wmtp_worker.settings import Settings
 from wmtp_worker.storage.layout import RunPaths
 from wmtp_worker.training.bucket import RunBucket
 from wmtp_worker.training.session import CONFIG
-from wmtp_worker.training.setup import check_fit, load_split
+from wmtp_worker.training.splits import load_split
+from wmtp_worker.training.stages import check_fit
 from wmtp_worker.training.validation import validate
 
 

@@ -9,17 +9,19 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from wmtp_worker.checkpoint.export import read_facts
 from wmtp_worker.checkpoint.ledger import How, Ledger, Phases, read_heartbeat
 from wmtp_worker.checkpoint.losses import summarise
 from wmtp_worker.checkpoint.manifest import read_manifest
 from wmtp_worker.checkpoint.store import sweep
-from wmtp_worker.errors import CheckpointError, DiskFullError, Interrupted, WorkerError
+from wmtp_worker.errors import CheckpointError, DiskFullError, Interrupted, NotSafeError, WorkerError
 from wmtp_worker.host.notices import NoticeWatcher
 from wmtp_worker.host.stop import StopRequest
 from wmtp_worker.host.watchdog import Watchdog
 from wmtp_worker.host.workdir import prepare
 from wmtp_worker.redact import redact
 from wmtp_worker.settings import Settings
+from wmtp_worker.settings.stages import policy_run, value_run
 from wmtp_worker.storage.layout import RunPaths, step_name
 from wmtp_worker.storage.runlock import run_lock
 from wmtp_worker.tracking.console import LogFile, logging_to_console
@@ -69,10 +71,46 @@ class Summary:
 def run(settings: Settings, stop: StopRequest, console: Console) -> Summary:
     """Train a run to its end, from wherever its newest checkpoint left it, here or in the bucket.
 
-    Raises `RunHeldError`, `Interrupted` (everything is saved), `TrainingDiverged`, `DiskFullError`, `InputError`,
-    `CheckpointError`, `NotSafeError` (finished, not all is in the bucket), and the bucket's `StorageError` before the
-    training has begun; each leaves the checkpoints that were there whole.
+    A run that needs a value model which is not named trains that first, as a run of its own beside it, unless its
+    `final.pt` is here or in the bucket. Raises `RunHeldError`, `Interrupted` (everything is saved),
+    `TrainingDiverged`, `DiskFullError`, `InputError`, `CheckpointError`, `NotSafeError` (finished, not all is in the
+    bucket), and the bucket's `StorageError` before the training has begun; each leaves the checkpoints that were there
+    whole.
     """
+    not_safe: NotSafeError | None = None
+    if settings.trains_values:
+        values = value_run(settings)
+        if settings.run.stage == "value":
+            return train_run(values, stop, console)
+        if not _is_finished(values, stop, console):
+            try:
+                train_run(values, stop, console)
+            except NotSafeError as error:  # to be told, but no reason for the policy to wait
+                not_safe = error
+    summary = train_run(policy_run(settings), stop, console)
+    if not_safe is not None:
+        raise not_safe
+    return summary
+
+
+def _is_finished(settings: Settings, stop: StopRequest, console: Console) -> bool:
+    """Whether `final.pt` of a run that was trained with these settings is here now."""
+    paths = RunPaths(settings.run.workdir, settings.run.name)
+    if settings.run.resume != "auto":
+        return False
+    prepare(paths.workdir)
+    with logging_to_console(settings.logging.level, console), RunBucket(settings, paths, stop.check) as bucket:
+        bucket.fetch_final()
+        made_with = read_facts(paths.final).get("identity", {})
+        # what else is in there are digests, which the second stage compares with its own
+        finished = all(made_with.get(key) == value for key, value in settings.identity().items())
+        if finished:
+            log.info("the value model is trained: %s", paths.final)
+        return finished
+
+
+def train_run(settings: Settings, stop: StopRequest, console: Console) -> Summary:
+    """Train one run, the policy's or a value model's: see `run`."""
     started = time.perf_counter()
     phases = Phases()
     phases.done("boot")
