@@ -80,8 +80,9 @@ def train_step(session: Session) -> str:
     session.optimizer.step()
 
     tokens = sum(batch.real_tokens for batch in batches)
-    weighting = session.weighter.end()
     progress.step += 1
+    logged = progress.step % session.settings.logging.every == 0 or session.finished
+    weighting = session.weighter.end(counted=logged)
     progress.position = after
     progress.tokens += tokens
     seconds = time.perf_counter() - started
@@ -105,7 +106,7 @@ def train_step(session: Session) -> str:
     note = f"loss {loss:.4f}  {tokens / seconds:,.0f} tokens/s"
     if weighting.get("weight_std"):
         note += f"  weights ±{weighting['weight_std']:.2f} entropy {weighting['weight_entropy']:.3f}"
-    if progress.step % session.settings.logging.every == 0 or session.finished:
+    if logged:
         log.info("step %d/%d  %s  lr %.2e  grad norm %.2f", progress.step, training.max_steps, note, rate, norm)
     return note
 
@@ -131,6 +132,7 @@ def run_validation(session: Session) -> None:
         session.metrics.write("validation", progress.step, **result.to_json())
     progress.validation = result.to_json()
     progress.validated_at = progress.step
+    session.probe.record(progress.step, session.weighter)
     accuracy = " ".join(f"{share:.1%}" for share in result.head_accuracy)
     log.info(
         "step %d  validation loss %.4f  perplexity of head 1 %.2f  accuracy by head %s",

@@ -30,6 +30,7 @@ from wmtp_worker.storage.layout import RunPaths
 from wmtp_worker.tracking.heartbeat import Heartbeat
 from wmtp_worker.tracking.metrics import MetricsLog
 from wmtp_worker.training.bucket import RunBucket
+from wmtp_worker.training.probe import Probe
 from wmtp_worker.training.saving import Saving
 from wmtp_worker.training.weights import Weighter
 from wmtp_worker.weighting.statistics import MovingAverage
@@ -88,6 +89,7 @@ class Session:
     model: MTPForCausalLM
     optimizer: torch.optim.Optimizer
     weighter: Weighter
+    probe: Probe
     train_data: Dataset
     validation_data: Dataset
     identity: dict[str, Any]

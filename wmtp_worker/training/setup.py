@@ -30,6 +30,7 @@ from wmtp_worker.storage.layout import RunPaths
 from wmtp_worker.tracking.heartbeat import Heartbeat
 from wmtp_worker.training.bucket import RunBucket
 from wmtp_worker.training.columns import Policy, add_columns
+from wmtp_worker.training.probe import Probe
 from wmtp_worker.training.scores import Scorer
 from wmtp_worker.training.session import Session
 from wmtp_worker.training.weights import Weighter
@@ -89,6 +90,7 @@ def build_session(
         model=model,
         optimizer=_optimizer(settings, model),
         weighter=Weighter(settings.weighting, settings.run.seed, lambda: model.lm_head.weight),
+        probe=Probe(paths.record.weights, settings, train_data, tokenizer, model, device),
         train_data=train_data,
         validation_data=validation_data,
         identity={**settings.identity(), **{key: digest and f"sha256 {digest}" for key, digest in digests.items()}},
@@ -199,7 +201,7 @@ def _go_on(session: Session) -> None:
         obsolete.append(paths.final)
     if anew or rewound:
         # the checkpoints go last: killed before that, the same command finds the same to do
-        record = [paths.metrics, paths.report] if anew else []
+        record = [paths.metrics, paths.record.weights, paths.record.report] if anew else []
         obsolete += [paths.best, *record, *later]
     if obsolete := [path for path in obsolete if path.exists()]:
         log.info("set aside %d items of the earlier run in %s", len(obsolete), set_aside(paths.checkpoints, obsolete))
