@@ -30,7 +30,7 @@ class Browser:
         self._read, answers = os.pipe()
         # Chromium reads commands from descriptor 3, and answers on 4
         self._process = subprocess.Popen(
-            ["sh", "-c", f'exec "$@" 3<&{commands} 4>&{answers}', "sh", binary, *self._options()],
+            ["bash", "-c", f'exec "$@" 3<&{commands} 4>&{answers}', "bash", binary, *self._options()],
             pass_fds=(commands, answers),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

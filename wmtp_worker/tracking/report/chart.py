@@ -14,7 +14,7 @@ UNITS = 1000
 COLOURS = 8
 BUCKETS = 250  # points of a line: more than a screen shows apart
 _TABLE_ROWS = 9
-Style = Literal["line", "dots", "band", "bars", "dashed"]
+Style = Literal["line", "plain", "dots", "band", "bars", "dashed"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Line:
     x: npt.ArrayLike
     y: npt.ArrayLike
     colour: int = 1
-    style: Style = "line"  # band: the mean, within the range of what it is the mean of
+    style: Style = "line"  # band: the mean, within the range of what it is the mean of; plain: its end says nothing
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Drawn:
     path: str
     band: str  # the path of an area
     joined: str  # the path through dots
-    last: str  # its last value, in words
+    last: str  # its last value, in words, where that says something
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,9 @@ class Chart:
     def description(self) -> str:
         """The chart in words."""
         caption = f" ({self.caption})" if self.caption else ""
-        return f"{self.title}{caption}. " + "; ".join(f"{line.name} ends at {line.last}" for line in self.lines)
+        return f"{self.title}{caption}. " + "; ".join(
+            f"{line.name} ends at {line.last}" for line in self.lines if line.last
+        )
 
 
 def chart(
@@ -114,8 +116,8 @@ def chart(
             band = f"M{place(np.concatenate([x, x[::-1]]), np.concatenate([high, low[::-1]]))}Z"
         joined = f"M{place(x, y)}" if line.style == "dots" and len(x) > 1 else ""
         colour = (line.colour - 1) % COLOURS + 1
-        path = _path(line.style, x, y, place)
-        drawn.append(Drawn(line.name, colour, line.style, path, band, joined, say(float(y[-1]))))
+        last = "" if line.style in ("plain", "bars", "dashed") else say(float(y[-1]))
+        drawn.append(Drawn(line.name, colour, line.style, _path(line.style, x, y, place), band, joined, last))
     x_ticks = [Tick(_percent(at, x0, x1), say_x(at)) for at in ticks(x0, x1)]
     y_ticks = [Tick(_percent(at, y0, y1), say(at)) for at in ticks(y0, y1)]
     table = _table([(line, x, y) for line, x, y, _, _ in reduced], x_name, say, say_x)

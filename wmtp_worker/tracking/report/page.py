@@ -15,7 +15,7 @@ from wmtp_worker.redact import Redactor
 from wmtp_worker.tracking.report.chart import spell
 from wmtp_worker.tracking.report.record import Record
 from wmtp_worker.tracking.report.sections import sections
-from wmtp_worker.tracking.report.verdict import duration, of_comparison, of_run, validation
+from wmtp_worker.tracking.report.verdict import counted, duration, of_comparison, of_run, validation
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ def _figures(record: Record) -> list[Figure]:
     found = []
     train = record.of("train")
     if (losses := validation(record)) is not None:
-        lowest = f"step {losses.steps[losses.best]:,}"
-        found.append(Figure("lowest validation loss", spell(losses.values[losses.best]), lowest))
+        lowest = f"validation, step {losses.steps[losses.best]:,}"
+        found.append(Figure("lowest loss", spell(losses.values[losses.best]), lowest))
     accuracy = record.of("validation").each("head_accuracy")
     if accuracy:
         found.append(Figure("accuracy of head 1", f"{100 * accuracy[0][-1]:.1f}%", "at the last validation"))
@@ -90,7 +90,7 @@ def _figures(record: Record) -> list[Figure]:
         found.append(Figure("time", duration(record.running), "all processes together"))
     if record.losses:
         items = len(record.losses.get("interruptions", ()))
-        found.append(Figure("steps lost", f"{record.losses.get('steps', 0):,}", f"in {items} interruptions"))
+        found.append(Figure("steps lost", f"{record.losses.get('steps', 0):,}", f"in {counted(items, 'interruption')}"))
     if record.cost is not None:
         found.append(Figure("cost", f"{record.cost:,.2f}", "at the price given"))
     return found

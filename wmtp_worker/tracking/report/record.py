@@ -1,6 +1,5 @@
 """What a report is made from: the record of a run, read into columns of numbers."""
 
-import json
 import math
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,8 +9,10 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic_core import from_json
 
 Numbers = npt.NDArray[np.float64]
+_TOGETHER = 4096
 HISTOGRAM, CALIBRATION = "weight_histogram", "calibration"
 Status = Literal["finished", "notice", "failed", "open"]
 
@@ -22,48 +23,66 @@ class Columns:
     def __init__(self) -> None:
         self._columns: dict[str, array[float]] = {}
         self._rows = 0
+        # records with the same names, which become columns together: that is several times as fast
+        self._names: tuple[str, ...] = ()
+        self._waiting: list[tuple[Any, ...]] = []
         self.histograms: list[tuple[int, list[int]]] = []  # with their steps
         self.calibration: Any = None  # the last one
 
     def __len__(self) -> int:
-        return self._rows
+        return self._rows + len(self._waiting)
 
     def __contains__(self, name: str) -> bool:
+        self._take_in()
         return name in self._columns
 
     def __getitem__(self, name: str) -> Numbers:
         """One number a record, NaN where it has none."""
+        self._take_in()
         found = self._columns.get(name, array("d"))
         return np.concatenate([np.frombuffer(found, np.float64), np.full(self._rows - len(found), np.nan)])
 
     def each(self, name: str) -> list[Numbers]:
         """The columns of a list's items, in order."""
-        return [self[f"{name}/{i}"] for i in range(sum(key.startswith(f"{name}/") for key in self._columns))]
+        return [self[f"{name}/{i}"] for i in range(sum(key.startswith(f"{name}/") for key in self.names()))]
 
     def names(self) -> list[str]:
+        self._take_in()
         return list(self._columns)
 
-    def add(self, record: Mapping[str, Any]) -> None:
-        for name, value in record.items():
-            if isinstance(value, int | float):
-                self._put(name, value)
-            elif name == HISTOGRAM:
-                self.histograms.append((record["step"], value))
-            elif name == CALIBRATION:
-                self.calibration = value
-            elif isinstance(value, list):
-                for i, item in enumerate(value):
-                    if isinstance(item, int | float):
-                        self._put(f"{name}/{i}", item)
-        self._rows += 1
+    def add(self, record: dict[str, Any]) -> None:
+        """Append a record, which is used up."""
+        if (histogram := record.pop(HISTOGRAM, None)) is not None:
+            self.histograms.append((record["step"], histogram))
+        if (calibration := record.pop(CALIBRATION, None)) is not None:
+            self.calibration = calibration
+        names = tuple(record)
+        if names != self._names or len(self._waiting) >= _TOGETHER:
+            self._take_in()
+            self._names = names
+        self._waiting.append(tuple(record.values()))
 
-    def _put(self, name: str, value: float) -> None:
-        column = self._columns.get(name)
-        if column is None:
-            column = self._columns[name] = array("d")
-        if len(column) < self._rows:
-            column.extend([math.nan] * (self._rows - len(column)))
-        column.append(value)
+    def _take_in(self) -> None:
+        for name, values in zip(self._names, zip(*self._waiting, strict=True), strict=False):
+            if set(map(type, values)) == {list}:
+                for i, items in enumerate(zip(*values, strict=False)):  # as many as all of them have
+                    self._extend(f"{name}/{i}", items)
+            else:
+                self._extend(name, values)
+        self._rows += len(self._waiting)
+        self._waiting = []
+
+    def _extend(self, name: str, values: Sequence[Any]) -> None:
+        types = set(map(type, values))
+        if not types & {int, float}:
+            return
+        column = self._columns.setdefault(name, array("d"))
+        column.extend([math.nan] * (self._rows - len(column)))
+        column.extend(values if types <= {int, float} else map(_number, values))
+
+
+def _number(value: Any) -> float:
+    return value if isinstance(value, int | float) else math.nan
 
 
 @dataclass(frozen=True)
@@ -133,7 +152,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
     with file:
         for line in file:
             try:
-                record = json.loads(line)
+                record = from_json(line)  # three times as fast as json
             except (ValueError, RecursionError):  # torn by a crash, or somebody else's
                 continue
             if isinstance(record, dict):

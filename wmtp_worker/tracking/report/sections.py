@@ -11,7 +11,7 @@ import numpy as np
 from wmtp_worker.tracking.report import values
 from wmtp_worker.tracking.report.chart import Chart, Line, Table, chart, percent, spell
 from wmtp_worker.tracking.report.record import Columns, Numbers, Record
-from wmtp_worker.tracking.report.tokens import Coloured, coloured
+from wmtp_worker.tracking.report.tokens import Coloured, coloured, reach, scale
 from wmtp_worker.tracking.report.verdict import duration, validation
 from wmtp_worker.weighting.bins import EDGES
 
@@ -29,6 +29,7 @@ class Section:
     tables: Sequence[Table] = ()
     folded: Sequence[Table] = ()  # to be opened
     tokens: Sequence[Coloured] = ()
+    scale: Sequence[str] = ()  # of their colours
 
     def __bool__(self) -> bool:
         return any((self.drawn, self.tables, self.folded, self.tokens))
@@ -182,15 +183,19 @@ def _weights(records: Sequence[Record]) -> Section:
         ]
         charts.append(chart("Share on a bound", clipped, "cut to weighting.min or .max", zero=True, share=True))
         charts += _ingredients(train)
-    tokens = [found for record in records if (found := coloured(record)) is not None]
+    octaves = reach(records)
+    tokens = [found for record in records if (found := coloured(record, octaves)) is not None]
     return Section(
         "weights",
         "Token weights",
         "A few training samples, weighed while training went on. Each token is coloured by the weight of the loss of "
-        "predicting it, by the head chosen." if tokens else "",
+        "predicting it, by the head chosen."
+        if tokens
+        else "",
         charts,
         tokens=tokens,
-    )  # fmt: skip
+        scale=scale(octaves),
+    )
 
 
 def _ingredients(train: Columns) -> list[Chart | None]:
