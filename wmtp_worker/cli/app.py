@@ -11,6 +11,7 @@ from wmtp_worker.cli.data import app as data_app
 from wmtp_worker.cli.doctor import doctor
 from wmtp_worker.cli.evaluate import evaluate
 from wmtp_worker.cli.models import app as models_app
+from wmtp_worker.cli.report import report
 from wmtp_worker.cli.settings import app as settings_app
 from wmtp_worker.cli.sync import app as sync_app
 from wmtp_worker.cli.train import train
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 app.command()(train)
 app.command()(evaluate)
+app.command()(report)
 app.add_typer(checkpoints_app, name="checkpoints")
 app.add_typer(assets_app, name="assets")
 app.add_typer(models_app, name="models")
@@ -53,6 +55,8 @@ def wmtp(
     wmtp train --preset smoke               [dim]a whole run in under a minute[/dim]
 
     wmtp train --preset smoke               [dim]again: goes on where it was stopped[/dim]
+
+    wmtp report baseline-smoke              [dim]a page about it; several runs: compared[/dim]
 
     wmtp checkpoints ls baseline-smoke      [dim]what is saved of it[/dim]
 

@@ -7,7 +7,8 @@ The work directory mirrors the bucket, so nearly every key below is valid in bot
     checkpoints/<run>/step_1000/…      files, then manifest.json, last
     checkpoints/<run>/shared/…         <sha256>.safetensors: frozen tensors that manifests name by their digest
     checkpoints/<run>/final.pt         best_model.pt   heartbeat.json
-    logs/<run>/…                       training.log   metrics.jsonl   ledger.jsonl   report.png
+    logs/<run>/…                       training.log   settings.json   metrics.jsonl   weights.jsonl   ledger.jsonl
+                                       report.html
 
 In the bucket several workers may believe that the run is theirs. So what one publishes there lies under keys that carry
 the epoch of its lease (none for epoch 0, that of workers without lease), and the manifest says which::
@@ -137,19 +138,51 @@ class RunPaths:
 
     @property
     def training_log(self) -> Path:
-        return self.logs / "training.log"
+        return self.record.training_log
 
     @property
     def metrics(self) -> Path:
-        return self.logs / "metrics.jsonl"
+        return self.record.metrics
 
     @property
     def ledger(self) -> Path:
-        return self.logs / "ledger.jsonl"
+        return self.record.ledger
+
+    @property
+    def record(self) -> "RunRecord":
+        """The files of `logs`."""
+        return RunRecord(self.logs)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run leaves beside its checkpoints: the files of its logs, wherever their folder lies."""
+
+    folder: Path
+
+    @property
+    def training_log(self) -> Path:
+        return self.folder / "training.log"
+
+    @property
+    def settings(self) -> Path:
+        return self.folder / "settings.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / "weights.jsonl"
+
+    @property
+    def ledger(self) -> Path:
+        return self.folder / "ledger.jsonl"
 
     @property
     def report(self) -> Path:
-        return self.logs / "report.png"
+        return self.folder / "report.html"
 
 
 def blob_name(sha256: str) -> str:

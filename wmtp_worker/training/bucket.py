@@ -285,7 +285,7 @@ class RunBucket:
         queue.submit("checkpoint", step_name(step), publish)
 
     def finished(self) -> None:
-        """Queue what a finished run leaves: the final model, the best one, and the logs with the picture."""
+        """Queue what a finished run leaves: the final model, the best one, and the logs with the report."""
         if self._sync is None or self._side is None:
             return
         sync, side = self._sync, self._side

@@ -69,8 +69,9 @@ def train_step(session: Session) -> str:
     session.optimizer.step()
 
     tokens = sum(batch.real_tokens for batch in batches)
-    taken = task.end()
     progress.step += 1
+    logged = progress.step % session.settings.logging.every == 0 or session.finished
+    taken = task.end(counted=logged)
     progress.position = after
     progress.tokens += tokens
     seconds = time.perf_counter() - started
@@ -88,7 +89,7 @@ def train_step(session: Session) -> str:
     session.saving.stepped(seconds)
     session.report("train", loss=loss, tokens_per_second=tokens / seconds)
     note = f"loss {loss:.4f}  {tokens / seconds:,.0f} tokens/s{taken.note}"
-    if progress.step % session.settings.logging.every == 0 or session.finished:
+    if logged:
         log.info("step %d/%d  %s  lr %.2e  grad norm %.2f", progress.step, training.max_steps, note, rate, norm)
     return note
 
@@ -108,6 +109,7 @@ def run_validation(session: Session) -> None:
         session.metrics.write("validation", progress.step, **result.to_json())
     progress.validation = result.to_json()
     progress.validated_at = progress.step
+    session.task.record(progress.step)
     log.info("step %d  validation %s", progress.step, result)
     stopping = settings.training.early_stopping
     if progress.best_loss is None or result.loss < progress.best_loss - stopping.min_delta:

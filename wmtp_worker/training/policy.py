@@ -10,6 +10,7 @@ from wmtp_worker.data.packing import IGNORE, Batch
 from wmtp_worker.model.mtp import MTPForCausalLM
 from wmtp_worker.settings import Settings
 from wmtp_worker.training.loss import Weigh, head_losses_backward, mtp_labels
+from wmtp_worker.training.probe import Probe
 from wmtp_worker.training.task import Backward, Step
 from wmtp_worker.training.validation import Validation, validate
 from wmtp_worker.training.weights import Weighter
@@ -20,11 +21,18 @@ class PolicyTask:
     """The policy, on its device; `data` has the columns that the weighting family reads."""
 
     def __init__(
-        self, settings: Settings, model: MTPForCausalLM, device: torch.device, data: Dataset, validation: Dataset
+        self,
+        settings: Settings,
+        model: MTPForCausalLM,
+        device: torch.device,
+        data: Dataset,
+        validation: Dataset,
+        probe: Probe,
     ) -> None:
         self.model = model
         self.data = data
         self._validation = validation
+        self._probe = probe
         self._settings = settings
         self._device = device
         self._weighter = Weighter(settings.weighting, settings.run.seed, lambda: model.lm_head.weight)
@@ -59,9 +67,9 @@ class PolicyTask:
         head_loss: list[float] = self._losses[0].tolist()
         return sum(head_loss) / self.model.heads
 
-    def end(self) -> Step:
+    def end(self, counted: bool) -> Step:
         head_loss, unweighted = self._losses.tolist()
-        weighting = self._weighter.end()
+        weighting = self._weighter.end(counted)
         note = ""
         if weighting.get("weight_std"):
             note = f"  weights ±{weighting['weight_std']:.2f} entropy {weighting['weight_entropy']:.3f}"
@@ -77,6 +85,9 @@ class PolicyTask:
         training, evaluation = self._settings.training, self._settings.evaluation
         batches = self._validation.epoch(training.micro_batch_size, evaluation.max_batches)
         return validate(self.model, batches, self._device, training.precision, between)
+
+    def record(self, step: int) -> None:
+        self._probe.record(step, self._weighter)
 
     def __str__(self) -> str:
         samples = f"{len(self.data.samples)} training and {len(self._validation.samples)} validation samples"

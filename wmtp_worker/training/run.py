@@ -14,7 +14,14 @@ from wmtp_worker.checkpoint.ledger import How, Ledger, Phases, read_heartbeat
 from wmtp_worker.checkpoint.losses import summarise
 from wmtp_worker.checkpoint.manifest import read_manifest
 from wmtp_worker.checkpoint.store import sweep
-from wmtp_worker.errors import CheckpointError, DiskFullError, Interrupted, NotSafeError, WorkerError
+from wmtp_worker.errors import (
+    CheckpointError,
+    DiskFullError,
+    Interrupted,
+    NotSafeError,
+    TrainingDiverged,
+    WorkerError,
+)
 from wmtp_worker.host.notices import NoticeWatcher
 from wmtp_worker.host.stop import StopRequest
 from wmtp_worker.host.watchdog import Watchdog
@@ -27,9 +34,9 @@ from wmtp_worker.storage.runlock import run_lock
 from wmtp_worker.tracking.console import LogFile, logging_to_console
 from wmtp_worker.tracking.heartbeat import Heartbeat
 from wmtp_worker.tracking.metrics import MetricsLog
-from wmtp_worker.tracking.report import draw
 from wmtp_worker.training.bucket import RunBucket
 from wmtp_worker.training.loop import train
+from wmtp_worker.training.report import note_settings, write_report
 from wmtp_worker.training.session import Session
 from wmtp_worker.training.setup import build_session, restore
 
@@ -58,7 +65,7 @@ class Summary:
         """Where to look, by what is there."""
         paths = self.paths
         named = {
-            "picture": paths.report,
+            "report": paths.record.report,
             "metrics": paths.metrics,
             "log": paths.training_log,
             "final model": paths.final,
@@ -160,6 +167,7 @@ def _run(session: Session, ledger: Ledger, console: Console, started: float) -> 
     paths, heartbeat = session.paths, session.heartbeat
     try:
         restore(session)
+        note_settings(session.settings, paths)
         ledger.phases.done("restore")
         first = session.progress.step
         with MetricsLog(paths.metrics, session.progress.metrics_size) as metrics:
@@ -169,8 +177,8 @@ def _run(session: Session, ledger: Ledger, console: Console, started: float) -> 
             session.check()
             if not paths.final.exists():
                 _export(session)
-            _draw(paths)
             ledger.end("finished", session.progress.step)
+            _report(paths)
             _publish(session)
             heartbeat.beat("done", step=session.progress.step)
         log.info("%s", summarise(ledger.events).sentence())
@@ -178,6 +186,8 @@ def _run(session: Session, ledger: Ledger, console: Console, started: float) -> 
     except Exception as error:
         how: How = "notice" if isinstance(error, Interrupted) else "failed"
         ledger.end(how, session.progress.step, detail=redact(str(error)))
+        if isinstance(error, TrainingDiverged):
+            _report(paths)  # somebody will want to see where
         raise
 
 
@@ -214,12 +224,12 @@ def _publish(session: Session) -> None:
         )
 
 
-def _draw(paths: RunPaths) -> None:
+def _report(paths: RunPaths) -> None:
     try:
-        draw(paths.metrics, paths.report, paths.run)
+        write_report([paths.record], paths.record.report)
     except Exception as error:
-        # the training is done and saved: a picture that fails must not make it look otherwise
-        log.warning("no picture: %s", error)
+        # the training is done and saved: a page that fails must not make it look otherwise
+        log.warning("no report: %s", error, exc_info=not isinstance(error, WorkerError))
 
 
 def _train_or_save(session: Session, ledger: Ledger, console: Console) -> None:

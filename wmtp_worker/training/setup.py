@@ -115,7 +115,7 @@ def _go_on(session: Session) -> None:
         obsolete.append(paths.final)
     if anew or rewound:
         # the checkpoints go last: killed before that, the same command finds the same to do
-        record = [paths.metrics, paths.report] if anew else []
+        record = [paths.metrics, paths.record.weights, paths.record.report] if anew else []
         obsolete += [paths.best, *record, *later]
     if obsolete := [path for path in obsolete if path.exists()]:
         log.info("set aside %d items of the earlier run in %s", len(obsolete), set_aside(paths.checkpoints, obsolete))

@@ -30,10 +30,12 @@ from wmtp_worker.model.mtp import MTPForCausalLM
 from wmtp_worker.model.value import ValueModel, value_on
 from wmtp_worker.settings import Settings
 from wmtp_worker.settings.stages import value_name
+from wmtp_worker.storage.layout import RunPaths
 from wmtp_worker.tracking.heartbeat import Heartbeat
 from wmtp_worker.training.columns import Policy, add_columns
 from wmtp_worker.training.families import REWARD
 from wmtp_worker.training.policy import PolicyTask
+from wmtp_worker.training.probe import Probe
 from wmtp_worker.training.scores import Scorer
 from wmtp_worker.training.splits import data_format, load_split
 from wmtp_worker.training.values import Exam, ValueTask
@@ -66,7 +68,9 @@ def policy_task(
     if settings.weighting.critic.value == value_name(settings.run.name):
         _check_first_stage(settings, digests)
     train, frozen = add_columns(settings, train, data.policy, scorer)
-    return PolicyTask(settings, model, device, train, validation), digests | frozen
+    record = RunPaths(settings.run.workdir, settings.run.name).record
+    probe = Probe(record.weights, settings, train, tokenizer, model, device)
+    return PolicyTask(settings, model, device, train, validation, probe), digests | frozen
 
 
 def _check_first_stage(settings: Settings, digests: Digests) -> None:

@@ -70,12 +70,16 @@ class Task(Protocol):
         """Of the step, after its last micro-batch."""
         ...
 
-    def end(self) -> Step:
-        """Close the step, once its loss is known to be finite."""
+    def end(self, counted: bool) -> Step:
+        """Close the step, once its loss is known to be finite. `counted`: with histograms, which are long."""
         ...
 
     def validate(self, between: Callable[[], None]) -> Result:
         """Judge the model as it is; `between` is called before each batch and may raise to stop."""
+        ...
+
+    def record(self, step: int) -> None:
+        """After a validation: write down, beside the metrics, what people want to look at. Changes nothing else."""
         ...
 
     def __str__(self) -> str:

@@ -167,12 +167,15 @@ class ValueTask:
     def loss(self) -> float:
         return float(self._sums[0]) / self._count
 
-    def end(self) -> Step:
+    def end(self, counted: bool) -> Step:
         said = {"value_loss": self.loss()}
         if not self._pairwise:
             return Step(said)
         right = float(self._sums[1]) / self._count
         return Step(said | {"pairwise_accuracy": right}, f"  pairwise accuracy {right:.1%}")
+
+    def record(self, step: int) -> None:
+        """Its numbers say it all."""
 
     def chance(self, values: torch.Tensor) -> torch.Tensor:
         """The probability of being correct that values stand for: σ(V) of ranked ones, V itself of returns."""

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import torch
 
@@ -19,7 +20,7 @@ from wmtp_worker.training.loss import Head, Weigh
 from wmtp_worker.weighting import random_matched, shuffled
 from wmtp_worker.weighting.normalise import normalise
 from wmtp_worker.weighting.spans import sequences
-from wmtp_worker.weighting.summary import clipped_share, summarise
+from wmtp_worker.weighting.summary import clipped_share, histogram, summarise
 
 
 class Weighter:
@@ -41,6 +42,12 @@ class Weighter:
         # of this step: weights before and after the normalisation, and which are of labelled positions
         self._given: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
+    def aside(self) -> Self:
+        """One that weighs as this one would now; what it weighs leaves no trace here."""
+        other = type(self)(self._settings, self._seed, self._unembedding)
+        other.memory.averages = dict(self.memory.averages)
+        return other
+
     def begin(self, step: int, batches: Sequence[Batch], targets: Sequence[torch.Tensor]) -> list[Weigh]:
         """One `Weigh` for each micro-batch of a step, whose heads it must be asked about in their order.
 
@@ -59,13 +66,18 @@ class Weighter:
         weights = self._normalised(torch.cat(raw), torch.cat(masks)).split([len(one) for one in raw])
         return [_known(one) for one in weights]
 
-    def end(self) -> dict[str, float]:
-        """Close the step: the averages take it in. Returns what there is to log about its weights."""
+    def end(self, counted: bool = False) -> dict[str, Any]:
+        """Close the step: the averages take it in. Returns what there is to log about its weights, numbers by name.
+
+        `counted`: with their `weight_histogram` (`weighting.bins`), where they differ at all.
+        """
         settings = self._settings
         raw, weights, labelled = (
             torch.cat([tensor.flatten() for tensor in tensors]) for tensors in zip(*self._given, strict=True)
         )
-        facts = summarise(weights, labelled)
+        facts: dict[str, Any] = summarise(weights, labelled)
+        if counted and facts.get("weight_std"):
+            facts["weight_histogram"] = histogram(weights, labelled)
         if settings.normalise == "mean1_clip":
             facts["weight_clip_ratio"] = clipped_share(weights, labelled, settings.min, settings.max)
         if is_exponential(settings):
