@@ -82,7 +82,7 @@ def test_values_are_learned(objective, rate, loss, two_stages, tmp_path):
     learning = ("training.max_steps=32", f"training.lr={rate}", "evaluation.every=8", "evaluation.max_batches=0")
     chosen = (f"value.objective={objective}", "run.stage=value", "value.patience=0", "weighting.critic.lam=1.0")
     size = ("value.hidden=32", "value.micro_batch_size=2")
-    summary = two_stages(tmp_path, *learning, *chosen, *size, picture=objective == "pairwise")
+    summary = two_stages(tmp_path, *learning, *chosen, *size, report=objective == "pairwise")
     assert summary.run == "tiny-value"
     assert not RunPaths(tmp_path, "tiny").checkpoints.exists()
     assert summary.validation["value_loss"] < loss
