@@ -143,7 +143,7 @@ def test_the_page_of_a_run_has_every_section_there_is_something_for(run):
     assert (
         "All 2 heads improved. Nothing interrupted it. It ran for 1.7 min, which cost 1.00 at the price given." in said
     )
-    assert "tokens 24,000 in 40 steps tokens per second 1,200" in said
+    assert "tokens 24,000 in 40 steps tokens/s 1,200" in said
     assert "training.max_steps 40" in said
 
 
@@ -231,15 +231,18 @@ def test_losses_of_different_things_are_not_compared_silently(run):
 
 def test_the_value_model_of_a_run_is_shown_with_it(run, tmp_path):
     record = run("critic")
-    bins = [{"predicted": 0.2, "observed": 0.25, "count": 9}, {"predicted": 0.8, "observed": 0.7, "count": 4}]
-    value = {"value_loss": 0.3, "pairwise_accuracy": 0.8, "explained_variance": 0.4, "calibration": bins}
+    value = {"value_loss": 0.3, "pairwise_accuracy": 0.8, "explained_variance": 0.4, "calibration": 0.07}
+    value["reliability"] = [[0.2, 0.25, 9], [0.8, 0.7, 4]]
     write_lines(
         RunRecord(tmp_path / "logs" / "critic-value").metrics,
         [{"kind": "train", "step": 1, "value_loss": 0.5}, {"kind": "validation", "step": 1, **value}],
     )
     said, _ = words(page_of(record))
-    for title in ("Value loss", "Pairwise accuracy", "Explained variance", "Calibration"):
+    for title in ("Value loss", "Pairwise accuracy", "Explained variance", "Calibration error", "Calibration"):
         assert title in said
+    assert "perfect correct in fact" in said
+    own = verdict.of_run(read_record(RunRecord(tmp_path / "logs" / "critic-value")))
+    assert "Validation loss 0.3 at step 1, measured once." in own.sentences
 
 
 # --- that it is safe -------------------------------------------------------------------------------------------
@@ -279,11 +282,13 @@ def test_the_page_asks_for_nothing(run):
 
 def test_a_hundred_thousand_steps_make_a_small_page(run):
     record = run(validations=())
+    made = [json.dumps(train_record(step, heads=4) | {"step": "here"}) for step in range(1, 51)]
+    checked = json.dumps(validation_record(1) | {"step": "here"})
     with record.metrics.open("w") as file:
         for step in range(1, 100_001):
-            file.write(json.dumps(train_record(step, heads=4)) + "\n")
+            file.write(made[step % 50].replace('"here"', str(step)) + "\n")
             if step % 100 == 0:
-                file.write(json.dumps(validation_record(step)) + "\n")
+                file.write(checked.replace('"here"', str(step)) + "\n")
     html = page_of(record)
     assert len(html.encode()) < 3_000_000
     assert "Finished after 100,000 steps" in html

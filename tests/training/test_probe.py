@@ -73,6 +73,8 @@ def test_weights_stand_at_the_tokens_they_weigh(probed, monkeypatch, tmp_path):
 
 def test_families_that_ask_the_policy_get_what_it_says(probed, tmp_path):
     probe, settings, _ = probed("weighting.family=gradient", "weighting.normalise=none", "weighting.warmup=1")
+    with torch.no_grad():
+        probe._model.lm_head.weight.mul_(15)  # a policy that is sure of something
     weighter = Weighter(settings.weighting, 1, lambda: torch.empty(0))
     probe.record(4, weighter)
     weights = lines(tmp_path / "logs" / "r" / "weights.jsonl")[1]["weights"]

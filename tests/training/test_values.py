@@ -15,7 +15,7 @@ from wmtp_worker.errors import InputError
 from wmtp_worker.model.value import value_from
 from wmtp_worker.settings import load
 from wmtp_worker.training.families import REWARD
-from wmtp_worker.training.quality import calibration_error, explained_variance, quality
+from wmtp_worker.training.quality import calibration_error, explained_variance, quality, reliability
 from wmtp_worker.training.values import Exam, ValueTask, bradley_terry, states
 from wmtp_worker.weighting.spans import last_tokens
 from wmtp_worker.weighting.statistics import Moments
@@ -89,6 +89,8 @@ def test_a_calibrated_judge_has_no_error_and_a_perfect_one_explains_all():
     chance = torch.full((10,), 0.7)
     assert calibration_error(chance, torch.tensor([1.0] * 7 + [0.0] * 3)) == pytest.approx(0, abs=1e-6)
     assert calibration_error(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.0])) == 0
+    bins = reliability(torch.tensor([0.25, 0.5, 0.5, 1.0]), torch.tensor([0.0, 1.0, 0.0, 1.0]))
+    assert bins == [[0.25, 0.0, 1], [0.5, 0.5, 2], [1.0, 1.0, 1]]
     assert explained_variance(Moments(4, 0, 0), Moments(4, 2, 2)) == 1
     assert explained_variance(Moments(4, 0, 1), Moments(4, 4, 4)) == 0  # nothing to explain
 

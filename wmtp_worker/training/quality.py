@@ -54,6 +54,20 @@ def calibration_error(chance: torch.Tensor, correct: torch.Tensor) -> float:
     B_m are the solutions whose `chance` lies in the m-th of ten equally wide bins of 0 … 1 (Guo et al., "On Calibration
     of Modern Neural Networks", 2017, eq. 3, of the probability of being correct). `chance`, `correct`: [solutions].
     """
-    places = (chance * BINS).long().clamp(0, BINS - 1)
+    places = _places(chance)
     gaps = torch.zeros(BINS, dtype=torch.float64).index_add(0, places.cpu(), (correct - chance).double().cpu())
     return float(gaps.abs().sum()) / len(chance)
+
+
+def reliability(chance: torch.Tensor, correct: torch.Tensor) -> list[list[float]]:
+    """What a reliability diagram shows: mean probability, mean correctness and size of each bin that is not empty.
+
+    Bins and arguments are those of `calibration_error`.
+    """
+    places = _places(chance)
+    bins = [places == place for place in range(BINS)]
+    return [[float(chance[one].mean()), float(correct[one].mean()), int(one.sum())] for one in bins if one.any()]
+
+
+def _places(chance: torch.Tensor) -> torch.Tensor:
+    return (chance * BINS).long().clamp(0, BINS - 1)

@@ -11,13 +11,12 @@ from wmtp_worker.checkpoint.losses import summarise
 from wmtp_worker.errors import InputError, WorkerError
 from wmtp_worker.redact import redact
 from wmtp_worker.settings import Settings
+from wmtp_worker.settings.stages import value_name
 from wmtp_worker.storage.atomic import write_json, write_text
 from wmtp_worker.storage.layout import RunPaths, RunRecord
 from wmtp_worker.tracking import report
 
 log = logging.getLogger(__name__)
-
-VALUE_RUN = "-value"  # the end of the name of a run that trains the value model of another
 
 
 def note_settings(settings: Settings, paths: RunPaths) -> None:
@@ -55,7 +54,7 @@ def read_record(record: RunRecord) -> report.Record:
     losses = summarise(events)
     running = losses.days * 86400 if losses.processes else None
     end = events[-1] if events and isinstance(events[-1], End) else None
-    value = RunRecord(record.folder.with_name(record.folder.name + VALUE_RUN))
+    value = RunRecord(record.folder.with_name(value_name(record.folder.name)))
     return report.Record(
         name=record.folder.absolute().name,
         metrics=report.read_metrics(record.metrics),

@@ -25,7 +25,7 @@ from wmtp_worker.model.value import ValueModel
 from wmtp_worker.settings import Settings
 from wmtp_worker.training.families import REWARD
 from wmtp_worker.training.loss import autocast
-from wmtp_worker.training.quality import Quality, explained_variance, quality
+from wmtp_worker.training.quality import Quality, explained_variance, quality, reliability
 from wmtp_worker.training.task import Backward, Step
 from wmtp_worker.weighting.critic import lambda_returns
 from wmtp_worker.weighting.spans import last_tokens
@@ -58,6 +58,7 @@ class ValueReport:
     calibration: float
     pairs: int
     samples: int
+    reliability: list[list[float]]  # see `quality.reliability`
 
     @property
     def loss(self) -> float:
@@ -220,6 +221,7 @@ class ValueTask:
             calibration=found.calibration,
             pairs=len(pairs),
             samples=len(judged),
+            reliability=reliability(self.chance(judged), self._exam.correct),
         )
 
     def __str__(self) -> str:

@@ -35,6 +35,7 @@ def render(records: Sequence[Record]) -> str:
     from markupsafe import Markup
 
     one = records[0] if len(records) == 1 else None
+    heading = ", ".join(record.name for record in records)
     folder, redact = files("wmtp_worker.tracking.report"), Redactor()
     html, style, script = (
         folder.joinpath(f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")
@@ -47,7 +48,8 @@ def render(records: Sequence[Record]) -> str:
         autoescape=True, undefined=StrictUndefined, finalize=shown, trim_blocks=True, lstrip_blocks=True
     )
     return environment.from_string(html).render(
-        title=one.name if one else "Comparison of " + ", ".join(record.name for record in records),
+        title=heading if one else f"Comparison of {heading}",
+        heading=heading,
         kind="Training run" if one else f"Comparison of {len(records)} runs",
         about=_about(one) if one else [],
         verdict=of_run(one) if one else of_comparison(records),
@@ -76,21 +78,21 @@ def _figures(record: Record) -> list[Figure]:
     found = []
     train = record.of("train")
     if (losses := validation(record)) is not None:
-        lowest = f"validation, step {losses.steps[losses.best]:,}"
-        found.append(Figure("lowest loss", spell(losses.values[losses.best]), lowest))
+        lowest = f"lowest, step {losses.steps[losses.best]:,}"
+        found.append(Figure("validation loss", spell(losses.values[losses.best]), lowest))
     accuracy = record.of("validation").each("head_accuracy")
     if accuracy:
-        found.append(Figure("accuracy of head 1", f"{100 * accuracy[0][-1]:.1f}%", "at the last validation"))
+        found.append(Figure("accuracy", f"{100 * accuracy[0][-1]:.1f}%", "of head 1"))
     if "tokens" in train:
         found.append(Figure("tokens", f"{np.nansum(train['tokens']):,.0f}", f"in {record.step:,} steps"))
     if "tokens" in train and "seconds" in train and np.nansum(train["seconds"]) > 0:
         rate = np.nansum(train["tokens"]) / np.nansum(train["seconds"])
-        found.append(Figure("tokens per second", f"{rate:,.0f}", "mean of all steps"))
+        found.append(Figure("tokens/s", f"{rate:,.0f}", "while it trains"))
     if record.running is not None:
-        found.append(Figure("time", duration(record.running), "all processes together"))
+        found.append(Figure("time", duration(record.running), "all processes"))
     if record.losses:
         items = len(record.losses.get("interruptions", ()))
         found.append(Figure("steps lost", f"{record.losses.get('steps', 0):,}", f"in {counted(items, 'interruption')}"))
     if record.cost is not None:
-        found.append(Figure("cost", f"{record.cost:,.2f}", "at the price given"))
+        found.append(Figure("cost", f"{record.cost:,.2f}", "at its price"))
     return found

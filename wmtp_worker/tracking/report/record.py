@@ -13,7 +13,7 @@ from pydantic_core import from_json
 
 Numbers = npt.NDArray[np.float64]
 _TOGETHER = 4096
-HISTOGRAM, CALIBRATION = "weight_histogram", "calibration"
+HISTOGRAM, RELIABILITY = "weight_histogram", "reliability"
 Status = Literal["finished", "notice", "failed", "open"]
 
 
@@ -27,7 +27,7 @@ class Columns:
         self._names: tuple[str, ...] = ()
         self._waiting: list[tuple[Any, ...]] = []
         self.histograms: list[tuple[int, list[int]]] = []  # with their steps
-        self.calibration: Any = None  # the last one
+        self.reliability: Any = None  # the last one: (foretold, correct in fact, how many) of each bin
 
     def __len__(self) -> int:
         return self._rows + len(self._waiting)
@@ -54,8 +54,7 @@ class Columns:
         """Append a record, which is used up."""
         if (histogram := record.pop(HISTOGRAM, None)) is not None:
             self.histograms.append((record["step"], histogram))
-        if (calibration := record.pop(CALIBRATION, None)) is not None:
-            self.calibration = calibration
+        self.reliability = record.pop(RELIABILITY, self.reliability)
         names = tuple(record)
         if names != self._names or len(self._waiting) >= _TOGETHER:
             self._take_in()

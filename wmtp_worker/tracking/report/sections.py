@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from wmtp_worker.tracking.report import values
-from wmtp_worker.tracking.report.chart import Chart, Line, Table, chart, percent, spell
+from wmtp_worker.tracking.report.chart import Chart, Line, Style, Table, chart, percent, spell
 from wmtp_worker.tracking.report.record import Columns, Numbers, Record
 from wmtp_worker.tracking.report.tokens import Coloured, coloured, reach, scale
 from wmtp_worker.tracking.report.verdict import duration, validation
@@ -45,7 +45,12 @@ class Section:
         if all(other == steps[0] for other in steps):
             return [f"step {step:,}" for step in steps[0]]
         most = max(map(len, steps))
-        return ["first", *(f"{k}/{most - 1} on" for k in range(1, most - 1)), "last"]
+        return ["first", *(f"{k}/{most - 1}" for k in range(1, most - 1)), "last"]
+
+    @property
+    def chosen(self) -> int:
+        """Whose tokens are shown at first: the first run's that tells them apart."""
+        return next((i for i, run in enumerate(self.tokens) if run.family != "uniform"), 0)
 
 
 def sections(records: Sequence[Record]) -> list[Section]:
@@ -66,8 +71,8 @@ def sections(records: Sequence[Record]) -> list[Section]:
     return [section for section in found if section]
 
 
-def each(records: Sequence[Record], column: str, kind: str = "train", style: Any = "band") -> list[Line]:
-    """A line for each run of one quantity, without those that have none."""
+def each(records: Sequence[Record], column: str, kind: str = "train", style: Style = "band") -> list[Line]:
+    """A line for each run of one quantity, without those that have none; a run has the same colour everywhere."""
     return [
         Line(_named(record, records), record.of(kind)["step"], record.of(kind)[column], k, style)
         for k, record in enumerate(records, start=1)
@@ -80,7 +85,7 @@ def _named(record: Record, records: Sequence[Record]) -> str:
     return record.name if len(records) > 1 else "last"
 
 
-def by_head(columns: Columns, name: str, style: Any = "line") -> list[Line]:
+def by_head(columns: Columns, name: str, style: Style = "line") -> list[Line]:
     return [
         Line(f"head {k}", columns["step"], each_head, k, style)
         for k, each_head in enumerate(columns.each(name), start=1)
@@ -162,10 +167,15 @@ def _runs(records: Sequence[Record]) -> Section:
 
 def _weights(records: Sequence[Record]) -> Section:
     weighted = [record for record in records if np.nansum(record.of("train")["weight_std"]) > 0]
+    names = {_named(record, records) for record in weighted}
+
+    def of_weighted(column: str) -> list[Line]:
+        return [line for line in each(records, column) if line.name in names]
+
     charts = [_histogram(record, len(records) > 1) for record in weighted]
     charts += [
-        chart("Entropy of the weights", each(weighted, "weight_entropy"), "1: all equal, 0: all on one token"),
-        chart("Standard deviation of the weights", each(weighted, "weight_std"), zero=True),
+        chart("Entropy of the weights", of_weighted("weight_entropy"), "1: all equal, 0: all on one token"),
+        chart("Standard deviation of the weights", of_weighted("weight_std"), zero=True),
     ]
     if len(records) == 1 and weighted:
         train = records[0].of("train")

@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from wmtp_worker.tracking.report.chart import Chart, Line, Style, chart
 from wmtp_worker.tracking.report.record import Record
 
@@ -12,6 +10,8 @@ _CURVES = {
     "value_loss": "Value loss",
     "pairwise_accuracy": "Pairwise accuracy",
     "explained_variance": "Explained variance",
+    "token_explained_variance": "Explained variance of all tokens",
+    "calibration": "Calibration error",
 }
 
 
@@ -35,12 +35,10 @@ def charts(records: Sequence[Record]) -> list[Chart | None]:
 
 def _calibration(record: Record, named: bool) -> Chart | None:
     """What was foretold against what came true."""
-    bins = record.of("validation").calibration
-    if not isinstance(bins, list) or not all(isinstance(item, dict) for item in bins):
+    bins = record.of("validation").reliability
+    if not isinstance(bins, list) or not bins:
         return None
-    points = [(item.get("predicted"), item.get("observed")) for item in bins if item.get("count", 1)]
-    known = np.array([point for point in points if None not in point], np.float64).reshape(-1, 2)
-    lines = [Line("correct in fact", known[:, 0], known[:, 1], 1, "dots"), Line("perfect", [0, 1], [0, 1], 2, "dashed")]
+    foretold, correct = [one[0] for one in bins], [one[1] for one in bins]
+    lines = [Line("perfect", [0, 1], [0, 1], 2, "dashed"), Line("correct in fact", foretold, correct, 1, "dots")]
     title = f"Calibration of {record.name}" if named else "Calibration"
-    found = chart(title, lines, "share of correct solutions", "value foretold", zero=True, top=1.0)
-    return found if len(known) else None
+    return chart(title, lines, "share of correct solutions", "probability foretold", zero=True, top=1.0)

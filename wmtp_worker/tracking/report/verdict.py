@@ -24,7 +24,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Losses:
-    """Validation losses of a run, nats per token."""
+    """Validation losses of a run: nats per token, of a value model those of its objective."""
 
     steps: list[int]
     values: list[float]
@@ -37,10 +37,11 @@ class Losses:
 
 def validation(record: Record) -> Losses | None:
     columns = record.of("validation")
-    known = np.isfinite(columns["loss"]) if "loss" in columns else np.zeros(0, bool)
+    loss = columns["loss" if "loss" in columns else "value_loss"]
+    known = np.isfinite(loss)
     if not known.any():
         return None
-    return Losses(columns["step"][known].astype(int).tolist(), columns["loss"][known].tolist())
+    return Losses(columns["step"][known].astype(int).tolist(), loss[known].tolist())
 
 
 def of_run(record: Record) -> Verdict:
@@ -122,8 +123,8 @@ def of_comparison(records: Sequence[Record]) -> Verdict:
         headline = f"{best.name} and {second.name} reach the same validation loss, {spell(lowest[0])}."
     else:
         headline = (
-            f"{best.name} has the lowest validation loss, {spell(lowest[0])}: {spell(gap)} "
-            f"({gap / lowest[1]:.2%}) below {second.name}."
+            f"{best.name} has the lowest validation loss, {spell(lowest[0])}: "
+            f"{gap:.2g} ({gap / lowest[1]:.2%}) below {second.name}."
         )
     return Verdict("warning" if caveats else "good", headline, [*_spreads(found), *caveats])
 
