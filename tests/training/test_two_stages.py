@@ -1,16 +1,23 @@
 """Whole runs of both stages: the value model first, then the policy that is weighted by it."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
+from tests.kills.test_resume_in_process import KILLED, Killed, LineCounter
 from tests.training.stopping import StopAfter
+from wmtp_worker.data.tokenizer import PACKAGED, load_tokenizer
 from wmtp_worker.errors import InputError, Interrupted
+from wmtp_worker.host.stop import StopRequest
+from wmtp_worker.settings import load
 from wmtp_worker.storage.layout import RunPaths
 from wmtp_worker.tracking.metrics import read
+from wmtp_worker.training.evaluate import evaluate_run
 
 CRITIC = (
     "weighting.family=critic",
@@ -105,6 +112,63 @@ def test_a_stop_in_either_stage_changes_no_bit(chosen, polls, straight, two_stag
     assert RunPaths(tmp_path, "tiny").checkpoints.exists() == (polls > 6)
     two_stages(tmp_path, *chosen)
     assert [run_record(tmp_path, run) for run in ("tiny-value", "tiny")] == expected
+
+
+@pytest.fixture(scope="module")
+def lines(straight, two_stages, tmp_path_factory):
+    """How many lines of ours both stages run."""
+    straight(*VERIFIABLE)  # imports, too
+    with LineCounter(0, list) as counter:
+        two_stages(tmp_path_factory.mktemp("counted"), *VERIFIABLE)
+    return counter.lines
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.9])
+def test_killed_at_any_line_of_either_stage(share, lines, straight, two_stages, run_record, tmp_path):
+    _, expected = straight(*VERIFIABLE)
+    with LineCounter(int(share * lines), kill), pytest.raises(KILLED):
+        two_stages(tmp_path, *VERIFIABLE)
+    two_stages(tmp_path, *VERIFIABLE)
+    assert [run_record(tmp_path, run) for run in ("tiny-value", "tiny")] == expected
+
+
+def kill():
+    raise Killed
+
+
+def test_a_value_model_is_evaluated_like_a_policy(straight, plain_data, tiny_settings):
+    workdir, _ = straight(*VERIFIABLE)
+    chosen = [*tiny_settings, *CRITIC, *VERIFIABLE, f"data.dataset={plain_data}"]
+    settings = load(overrides=chosen, options={"run.workdir": str(workdir), "run.name": "tiny-value"}, environ={})
+    found = evaluate_run(settings, "final", StopRequest())
+    assert found.items() >= metrics(workdir, kind="validation")[-1].items() - {("kind", "validation")}
+
+
+def test_a_reward_model_is_judged_where_labels_are(two_stages, tmp_path, caplog):
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=2048, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_labels=1
+    )
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path / "models" / "judge")
+    load_tokenizer(PACKAGED).save_pretrained(tmp_path / "models" / "judge")
+    scored = ("weighting.critic.rewards=reward_model", "weighting.critic.reward_model=judge")
+    two_stages(tmp_path, *TRUNK, *scored, "data.solutions=all")
+    log = RunPaths(tmp_path, "tiny").training_log.read_text()
+    assert re.search(r"the reward model, of 32 solutions and 16 pairs: pairwise accuracy \d+\.\d%  explained", log)
+
+
+def test_a_value_model_of_another_tokenizer(straight, two_stages, tmp_path, tiny_model_folder):
+    workdir, _ = straight(*VERIFIABLE)
+    other = tmp_path / "tokenizer"
+    shutil.copytree(PACKAGED, other)
+    config = other / "tokenizer_config.json"
+    config.write_text(config.read_text() + "\n")
+    named = f"weighting.critic.value={RunPaths(workdir, 'tiny-value').final}"
+    message = (
+        r"the value model \(.*final\.pt\) was trained with another tokenizer than that of the policy \(.*tokenizer\)"
+    )
+    with pytest.raises(InputError, match=message):
+        two_stages(tmp_path, named, f"model.tokenizer={other}")
 
 
 def test_a_named_value_model_is_the_same_as_ones_own(straight, two_stages, run_record, tmp_path):

@@ -10,7 +10,7 @@ from wmtp_worker.data.formats import Format, files_of
 from wmtp_worker.data.tokenizer import PACKAGED as PACKAGED_TOKENIZER
 from wmtp_worker.errors import InputError
 from wmtp_worker.settings import Settings
-from wmtp_worker.settings.schema import RUN_NAME
+from wmtp_worker.settings.kinds import RUN_NAME
 from wmtp_worker.storage.layout import AssetKind, RunPaths, asset_dir, asset_name
 
 SAMPLE_DATASET = "sample"

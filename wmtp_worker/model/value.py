@@ -1,6 +1,6 @@
 """The value model: how good a solution is, judged after each of its tokens.
 
-Either a Llama of its own with a small MLP on top, or such an MLP on the policy's trunk.
+A Llama with a small MLP on top: one of its own, or the policy's trunk, which then stays as it is.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from wmtp_worker.errors import InputError
 from wmtp_worker.model.loading import load, load_tensors
 from wmtp_worker.model.lora import add_lora
-from wmtp_worker.model.mtp import MTPForCausalLM, TrunkOutput, run_layers
+from wmtp_worker.model.mtp import MTPForCausalLM, run_layers
 
 _WIDTH = "value_width"  # in the config of a saved value model
 
@@ -59,22 +59,6 @@ class ValueModel(nn.Module):
         return values
 
 
-class TrunkValue(nn.Module):
-    """A `ValueHead` on the policy's trunk. `detach` keeps its gradient out of the trunk."""
-
-    def __init__(self, config: LlamaConfig, width: int, detach: bool) -> None:
-        super().__init__()
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)  # the trunk's output has none yet
-        self.head = ValueHead(config.hidden_size, width)
-        self.detach = detach
-
-    def forward(self, trunk: TrunkOutput) -> torch.Tensor:
-        """Float32 [batch, time], from the policy's `trunk(…)`."""
-        states = trunk.hidden.detach() if self.detach else trunk.hidden
-        values: torch.Tensor = self.head(self.norm(states))
-        return values
-
-
 def backbone_states(
     backbone: LlamaModel, input_ids: torch.Tensor, position_ids: torch.Tensor, attention_mask: torch.Tensor
 ) -> torch.Tensor:
@@ -96,7 +80,7 @@ def value_on(policy: MTPForCausalLM, width: int, seed: int, trunk_head: bool = F
     """A new fp32 value model on the policy's layers, which become its own; its MLP is drawn from `seed` alone.
 
     Without `trunk_head` they are all those of head 1, with its norm. With it they are the trunk, frozen, under a norm
-    that is new: what a `TrunkValue` is on the policy. Then the policy must have at least two layers.
+    that is new; then the policy must have at least two layers.
     """
     config = LlamaConfig.from_dict(policy.config.to_dict() | {_WIDTH: width})
     backbone = policy.model
@@ -115,12 +99,17 @@ def value_on(policy: MTPForCausalLM, width: int, seed: int, trunk_head: bool = F
     return value
 
 
+def is_value_model(config: dict[str, Any]) -> bool:
+    """Whether a saved config is that of a value model."""
+    return type(config.get(_WIDTH)) is int
+
+
 def rebuild_value(config: dict[str, Any], saved: dict[str, torch.Tensor], where: str) -> ValueModel:
     """The value model that was saved as `value.config.to_dict()` and its parameters by name.
 
     Raises `InputError` where they make none, naming the first tensor that does not fit.
     """
-    if type(config.get(_WIDTH)) is not int:
+    if not is_value_model(config):
         raise InputError("it is no value model", where=where, fix="use the weights of a run that trained values")
     try:
         value = ValueModel(LlamaConfig.from_dict(config))

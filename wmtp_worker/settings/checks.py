@@ -4,7 +4,8 @@ import ipaddress
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
-from wmtp_worker.settings.schema import FIELDS, MODEL_SHAPE, RUN_NAME, Settings
+from wmtp_worker.settings.kinds import RUN_NAME
+from wmtp_worker.settings.schema import FIELDS, MODEL_SHAPE, Settings
 from wmtp_worker.settings.stages import value_name, value_run
 from wmtp_worker.settings.values import Given, Problem, nearest
 

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,7 +9,21 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 from pydantic.fields import FieldInfo
 
-RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+from wmtp_worker.settings.kinds import (
+    AboveZero,
+    BelowOne,
+    Count,
+    Fraction,
+    NotNegative,
+    Positive,
+    Text,
+    check_difficulty_bin,
+    check_every,
+    check_prefix,
+    check_resume,
+    check_run_name,
+    check_workdir,
+)
 
 
 class Section(BaseModel):
@@ -20,74 +32,15 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-def _run_name(value: object) -> object:
-    if isinstance(value, str) and (not RUN_NAME.fullmatch(value) or ".." in value):
-        raise ValueError(
-            "is no name for a run; use letters and digits, then also '.', '_' and '-'; at most 100; no '..'"
-        )
-    return value
-
-
-def _resume(value: object) -> object:
-    if value in ("auto", "never") or (type(value) is int and value >= 0):
-        return value
-    raise ValueError("is neither auto, never nor a step; use one of those, for example 400")
-
-
-def _every(value: object) -> object:
-    if value == "auto" or (type(value) is int and value >= 1):
-        return value
-    raise ValueError("is neither auto nor a number of steps; use one of those, for example 200")
-
-
-def _workdir(value: object) -> object:
-    if not isinstance(value, str | Path) or not str(value).strip() or "\0" in str(value):
-        raise ValueError("is no path; name a folder that may be created and written")
-    if any("\ud800" <= character <= "\udfff" for character in str(value)):  # as Python shows bytes that are no UTF-8
-        raise ValueError("is not UTF-8 text; name a folder that checkpoints and logs can spell")
-    path = Path(os.path.expanduser(value))  # Path.expanduser would raise for an unknown ~user
-    try:
-        return path.absolute()
-    except OSError as error:
-        raise ValueError("is relative to a current directory that is gone; name a folder from / on") from error
-
-
-def _prefix(value: object) -> object:
-    if value in (None, "null"):
-        return ""
-    if isinstance(value, str):
-        value = value.strip("/")
-        if any(part in ("", ".", "..") for part in value.split("/")) and value:
-            raise ValueError("has an empty, '.' or '..' part; use plain names, as team/project")
-    return value
-
-
-def _bin(value: object) -> object:
-    if isinstance(value, list) and len(value) == 3 and all(type(number) in (int, float) for number in value):
-        low, high, weight = value
-        if 0 <= low <= high and weight > 0:
-            return value
-    raise ValueError("has a part that is not [low, high, weight]; write as [[7, 9, 1], [10, 12, 0.5]]")
-
-
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-BelowOne = Annotated[float, Field(ge=0, lt=1)]
-NotNegative = Annotated[float, Field(ge=0)]
-AboveZero = Annotated[float, Field(gt=0)]
-Text = Annotated[str, Field(min_length=1)]
-
-
 class RunSettings(Section):
-    name: Annotated[str, BeforeValidator(_run_name)] = Field(
+    name: Annotated[str, BeforeValidator(check_run_name)] = Field(
         description="name of the run and of its folders; null means <recipe>-<preset>"
     )
     seed: Annotated[int, Field(ge=0, lt=1 << 64)] = Field(description="seed of every random choice")
-    workdir: Annotated[Path, BeforeValidator(_workdir)] = Field(
+    workdir: Annotated[Path, BeforeValidator(check_workdir)] = Field(
         description="local root of models, datasets, checkpoints and logs"
     )
-    resume: Annotated[Literal["auto", "never"] | int, BeforeValidator(_resume)] = Field(
+    resume: Annotated[Literal["auto", "never"] | int, BeforeValidator(check_resume)] = Field(
         description="auto: from the newest checkpoint that verifies; never: start anew; a number: that step"
     )
     stage: Literal["all", "value"] = Field(
@@ -141,7 +94,7 @@ class PairsSettings(Section):
     length_share: Fraction = Field(
         description="largest difference between the lengths of a pair, as a part of the longer one"
     )
-    difficulty_bins: list[Annotated[list[float], BeforeValidator(_bin)]] = Field(
+    difficulty_bins: list[Annotated[list[float], BeforeValidator(check_difficulty_bin)]] = Field(
         description="[low, high, weight] each: what share of the pairs has which difficulty; empty: as the data has it"
     )
 
@@ -301,7 +254,7 @@ class EvaluationSettings(Section):
 
 
 class CheckpointSettings(Section):
-    every: Annotated[Literal["auto"] | int, BeforeValidator(_every)] = Field(
+    every: Annotated[Literal["auto"] | int, BeforeValidator(check_every)] = Field(
         description="steps between checkpoints; auto: from what a save costs and how often machines are taken away"
     )
     keep_last: Positive = Field(description="checkpoints kept, apart from the best and the final model")
@@ -336,7 +289,7 @@ class CloudSettings(Section):
     bucket: Text | None = Field(
         description="bucket (Azure: container; local: a folder); null with local: only the work directory"
     )
-    prefix: Annotated[str, BeforeValidator(_prefix)] = Field(
+    prefix: Annotated[str, BeforeValidator(check_prefix)] = Field(
         description="part of the bucket that is ours, as team/project; null: all of it"
     )
     endpoint_url: Text | None = Field(

@@ -23,6 +23,12 @@ class Quality:
     explained_variance: float
     calibration: float
 
+    def __str__(self) -> str:
+        return (
+            f"pairwise accuracy {self.pairwise_accuracy:.1%}  explained variance {self.explained_variance:.3f}  "
+            f"calibration error {self.calibration:.3f}"
+        )
+
 
 def quality(judged: torch.Tensor, chance: torch.Tensor, correct: torch.Tensor, pairs: Sequence[Pair]) -> Quality:
     """Of what a judge said at the last token of each solution.

@@ -265,10 +265,11 @@ class Session:
 
     def _diverged(self, what: str, step: int) -> TrainingDiverged:
         good = self.newest_checkpoint or "there is none"
+        section = "value" if self.settings.run.stage == "value" else "training"
         return TrainingDiverged(
             f"{what} after step {step}; the last good checkpoint: {good}",
             where=f"run {self.paths.run}",
-            fix="lower training.lr, lengthen training.warmup_steps or set training.grad_clip, under another --run-name",
+            fix=f"lower {section}.lr, lengthen training.warmup_steps or set training.grad_clip, under another --run-name",
         )
 
     def export(self, best: bool) -> None:

@@ -118,6 +118,14 @@ def value_task(settings: Settings, device: torch.device, poll: Poll, heartbeat: 
     return ValueTask(settings, model, device, rows, exam), digests
 
 
+def examination(settings: Settings, model: ValueModel, device: torch.device, check: Callable[[], None]) -> ValueTask:
+    """A trained value model with what is needed to validate it; `check` is called now and then, and may raise."""
+    data = _Data(settings, lambda phase: check())
+    validation, pairs = _labelled(settings, data, "validation")
+    check_vocabulary(data.policy.tokens, "the value model", model.config.vocab_size)
+    return ValueTask(settings, model.to(device), device, validation, Exam(settings, validation, pairs))
+
+
 class _Data:
     """The data set and the tokenizer that its samples are made with."""
 

@@ -59,7 +59,7 @@ def lambda_returns(
     The λ-return G_t = (1-λ) Σ_n λ^(n-1) G_{t:t+n} (Sutton & Barto 2018, eq. 12.2 and 12.3, with the n-step returns of
     eq. 7.1), which is r_{t+1} + γ((1-λ) V_{t+1} + λ G_{t+1}), and r_{t+1} where token t+1 is the last. It equals
     V_t + A_{t+1}. At the last token itself it is the reward: there the outcome is known. Arguments as for `td_errors`;
-    λ = 1 does not look at `values`.
+    with λ = 1 the values cancel out, and the discounted reward is left.
     """
     advantages = gae(td_errors(values, rewards, segment_ids, gamma), segment_ids, gamma, lam)
     later = torch.zeros_like(advantages)
