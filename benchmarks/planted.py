@@ -14,174 +14,21 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
 import json
-import logging
+import math
 import multiprocessing
-import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-# shuffled leaves grpo as it is: all tokens of a solution have one weight
-CONTROLS = ("shuffled", "random_matched")
+from planted_runs import CRITICS, QUICK, Arm, Job, Plan, carry_out, prepare
+
 TUNING_SEED = 1000
-REFERENCE = "reference"
-_CPU_SECONDS = 0.08  # of a step, on one quiet core
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What all arms share. `rows` of `length` tokens a step; a point of the curves `every` steps."""
-
-    steps: int = 300
-    every: int = 25
-    rates: tuple[float, ...] = (1.5e-3, 3e-3, 6e-3)
-    rows: int = 16
-    length: int = 124
-    hidden: int = 64
-    layers: int = 3
-    heads: int = 2
-    problems: int = 2000
-    validation: int = 100
-    data_seed: int = 7
-    families: tuple[str, ...] = ("rho1_weighted", "rho1_tokenskip", "gradient", "grpo")
-
-    def overrides(self, rate: float) -> list[str]:
-        return [
-            f"model.hidden_size={self.hidden}",
-            f"model.intermediate_size={3 * self.hidden}",
-            f"model.layers={self.layers}",
-            "model.attention_heads=4",
-            "model.key_value_heads=4",
-            f"model.heads={self.heads}",
-            f"model.max_position_embeddings={self.length}",
-            "model.tokenizer=words",
-            f"data.sequence_length={self.length}",
-            f"training.micro_batch_size={self.rows}",
-            f"training.max_steps={self.steps}",
-            f"training.warmup_steps={self.steps // 20}",
-            f"training.lr={rate}",
-            "evaluation.every=0",
-            "host.threads=1",
-            "host.device=cpu",
-            "logging.every=1000",
-            f"checkpoint.every={self.every}",
-            f"checkpoint.keep_every={self.every}",
-            "checkpoint.background=false",
-        ]
-
-
-QUICK = Plan(
-    steps=4, every=2, rates=(2e-3,), rows=2, hidden=16, layers=2, problems=8, validation=2, families=("rho1_weighted",)
-)
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One side of the comparison: a recipe, a control on top, or uniform without the wrong solutions."""
-
-    family: str
-    control: str = "none"
-    solutions: str = "all"
-
-    @property
-    def name(self) -> str:
-        if self.control != "none":
-            return f"{self.family}, {self.control}"
-        return self.family if self.solutions == "all" else f"{self.family}, right solutions only"
-
-    def overrides(self, seed: int) -> list[str]:
-        own = [f"weighting.control={self.control}", f"data.solutions={self.solutions}"]
-        return [*own, f"weighting.reference=work:{REFERENCE}-{seed}"] if self.family.startswith("rho1") else own
-
-
-def arms(plan: Plan) -> list[Arm]:
-    uniform = [Arm("uniform"), Arm("uniform", solutions="correct")]
-    families = [Arm(family, control) for control in ("none", *CONTROLS) for family in plan.families]
-    return uniform + [arm for arm in families if (arm.family, arm.control) != ("grpo", "shuffled")]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run. `arm` None: the reference model, on clean data."""
-
-    arm: Arm | None
-    seed: int
-    rate: float
-    plan: Plan
-    work: Path
-
-    @property
-    def name(self) -> str:
-        if self.arm is None:
-            return f"{REFERENCE}-{self.seed}"
-        words = self.arm.name.replace(",", "").replace(" ", "-").replace("_", "-")
-        return f"{words}-{self.seed}-{self.rate:g}"
-
-    @property
-    def result(self) -> Path:
-        return self.work / "results" / f"{self.name}.json"
-
-    def settings(self, workdir: Path | None = None) -> Any:
-        from wmtp_worker.settings import load
-
-        workdir = workdir or self.work
-        overrides = [*self.plan.overrides(self.rate), f"run.seed={self.seed}"]
-        if self.arm is None:
-            overrides += ["data.dataset=clean"]
-        else:
-            overrides += ["data.dataset=noisy", *self.arm.overrides(self.seed)]
-        final = f"{self.work}/checkpoints/{REFERENCE}-{self.seed}/final.pt"
-        overrides = [one.replace(f"work:{REFERENCE}-{self.seed}", final) for one in overrides]
-        recipe = "baseline" if self.arm is None or self.arm.family == "uniform" else self.arm.family
-        options = {"run.name": self.name, "run.workdir": str(workdir)}
-        return load(recipe=recipe, overrides=overrides, options=options, environ={})
-
-
-def prepare(plan: Plan, work: Path) -> None:
-    """The data sets and the tokenizer. Raises `SystemExit` where the folder holds the work of another plan."""
-    import planted_data as data
-
-    kept, wanted = work / "plan.json", json.dumps(asdict(plan))
-    if kept.exists() and kept.read_text() != wanted:
-        raise SystemExit(f"{work} is of another plan: name another --work, or delete it")
-    data.write(work / "datasets" / "noisy", plan.problems, plan.validation, plan.data_seed)
-    data.write(work / "datasets" / "clean", plan.problems, plan.validation, plan.data_seed + 1, noisy=False)
-    data.write_tokenizer(work / "models" / "words")
-    kept.write_text(wanted)
-
-
-def carry_out(job: Job) -> dict[str, Any]:
-    """Train the run to its end, look at each of its checkpoints, keep what was seen. In a process of its own."""
-    import io
-
-    from planted_probe import Probe
-    from rich.console import Console
-
-    from wmtp_worker.host.stop import StopRequest
-    from wmtp_worker.training.run import run
-
-    # what they warn of is the same each time: incorrect solutions are learned, references have no tokenizer
-    logging.getLogger("wmtp_worker").setLevel(logging.ERROR)
-    settings = job.settings()
-    wall, cpu = time.perf_counter(), time.process_time()
-    summary = run(settings, StopRequest(), Console(file=io.StringIO()))
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    curve = Probe(settings).points()
-    # less than all steps are taken by a process that goes on
-    per_step = cpu / summary.steps_taken if summary.steps_taken == job.plan.steps else None
-    found = {"seed": job.seed, "rate": job.rate, "seconds": round(wall, 1), "cpu seconds a step": per_step}
-    found = {"arm": job.arm.name if job.arm else REFERENCE, **found, "curve": curve}
-    job.result.parent.mkdir(exist_ok=True)
-    job.result.with_suffix(".part").write_text(json.dumps(found))
-    job.result.with_suffix(".part").replace(job.result)
-    if job.arm is not None:
-        shutil.rmtree(summary.paths.checkpoints)
-    return found
+_CPU_SECONDS = 0.15  # of a step with what is around it, on a quiet core
 
 
 class Crew:
@@ -210,33 +57,43 @@ class Crew:
         self._done += 1
         self._ran += 1
         left = (time.monotonic() - self._started) / self._ran * (self._total - self._done)
-        planted = found["curve"][-1]["losses"]["planted"]["head 1"]
-        what = f"{found['arm']}, seed {found['seed']}, lr {found['rate']:g}: planted loss {planted:.3f}"
+        if "curve" in found:
+            says = f"planted loss {final(found, 'planted', 'head 1'):.3f}"
+        else:
+            says = f"pairwise accuracy {found['validation']['pairwise_accuracy']:.1%}"
+        what = f"{found['arm']}, seed {found['seed']}, lr {found['rate']:g}: {says}"
         print(f"{self._done}/{self._total}  {what}  {found['seconds']:.0f} s; {left / 60:.0f} min left", flush=True)
 
 
 def study(plan: Plan, work: Path, seeds: int, jobs: int) -> dict[str, Any]:
-    """Tune on uniform, train the references, then every arm with every seed. Returns the document to keep."""
+    """Tune on uniform, train what the families need, then every arm. Returns the document to keep."""
     prepare(plan, work)
-    wanted, uniform = arms(plan), Arm("uniform")
-    total = len(plan.rates) + seeds * (1 + len(wanted))
-    hours = total * plan.steps * _CPU_SECONDS / jobs / 60
-    print(f"{total} runs of {plan.steps} steps, {jobs} at a time: about {hours:.0f} min on quiet cores", flush=True)
+    arms, uniform = plan.arms(), Arm("uniform")
+    critics = [Arm(family) for family in plan.families if family in CRITICS]
+    total = len(plan.rates) + seeds * (1 + len(critics) + len(arms))
+    minutes = total * plan.steps * _CPU_SECONDS / jobs / 60
+    print(f"{total} runs of {plan.steps} steps, {jobs} at a time: about {minutes:.0f} min on quiet cores", flush=True)
     crew = Crew(jobs, total)
     tuning = crew.run(Job(uniform, TUNING_SEED, rate, plan, work) for rate in plan.rates)
     rate = min(tuning, key=lambda found: final(found, "planted", "head 1"))["rate"]
     numbers = range(1, seeds + 1)
-    references = crew.run(Job(None, seed, rate, plan, work) for seed in numbers)
+    references = crew.run(Job(uniform, seed, rate, plan, work, "reference") for seed in numbers)
+    values = crew.run(Job(arm, seed, rate, plan, work, "value") for seed in numbers for arm in critics)
     # seed by seed: stopped early, what is there can be compared
-    runs = crew.run(Job(arm, seed, rate, plan, work) for seed in numbers for arm in wanted)
+    runs = crew.run(Job(arm, seed, rate, plan, work) for seed in numbers for arm in arms)
     tuned = {f"{found['rate']:g}": round(final(found, "planted", "head 1"), 4) for found in tuning}
+    spent: dict[str, list[float]] = {}
+    for found in (*references, *values):
+        spent.setdefault(found["arm"], []).append(found["cpu seconds"] or math.nan)
     return {
         "plan": asdict(plan),
         "tuning of uniform: final planted loss by learning rate": tuned,
         "learning rate": rate,
         **summary(runs, plan),
-        "cost": cost(plan, work, rate),
+        "cost": {"training, cpu seconds": {name: statistics.median(some) for name, some in spent.items()}}
+        | cost(plan, work, rate),
         "references": references,
+        "value models": values,
         "runs": runs,
     }
 
@@ -307,15 +164,19 @@ def cost(plan: Plan, work: Path, rate: float, rounds: int = 12) -> dict[str, Any
         result = of()
         return time.process_time() - started, result
 
-    seconds: dict[str, list[float]] = {family: [] for family in ("uniform", *plan.families)}
+    families = ("uniform", *plan.families)
     with tempfile.TemporaryDirectory(dir=work) as folder:
-        for name in ("datasets", "models"):
+        for name in ("datasets", "models", "checkpoints"):
             (Path(folder) / name).symlink_to(work / name)
-        jobs = {family: Job(Arm(family), 1, rate, plan, work) for family in seconds}
-        settings = {family: job.settings(Path(folder)) for family, job in jobs.items()}
-        first, _ = cpu(lambda: open_session(settings["rho1_weighted"]))
-        again, _ = cpu(lambda: open_session(settings["rho1_weighted"]))
+        settings = {family: Job(Arm(family), 1, rate, plan, work).settings(Path(folder)) for family in families}
+        # what frozen models say is computed by the first one that asks, and read from the disk by the second
+        scoring = {}
+        for family in families:
+            first, _ = cpu(lambda family=family: open_session(settings[family]))
+            again, _ = cpu(lambda family=family: open_session(settings[family]))
+            scoring[family] = max(first - again, 0.0)
         sessions = {family: open_session(one, trains=True) for family, one in settings.items()}
+        seconds: dict[str, list[float]] = {family: [] for family in families}
         for session in sessions.values():
             train_step(session)  # the first one allocates
         for _ in range(min(rounds, plan.steps - 1)):
@@ -329,7 +190,7 @@ def cost(plan: Plan, work: Path, rate: float, rounds: int = 12) -> dict[str, Any
         for family, values in seconds.items()
     }
     medians = {family: statistics.median(values) for family, values in seconds.items()}
-    return {"cpu seconds a step": medians, "against uniform": ratios, "scoring, cpu seconds": max(first - again, 0.0)}
+    return {"cpu seconds a step": medians, "against uniform": ratios, "scoring, cpu seconds": scoring}
 
 
 def arguments() -> argparse.Namespace:

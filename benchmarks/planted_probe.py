@@ -23,8 +23,11 @@ from wmtp_worker.tracking.heartbeat import Heartbeat
 from wmtp_worker.tracking.metrics import MetricsLog
 from wmtp_worker.training.bucket import RunBucket
 from wmtp_worker.training.loss import Head, Weigh, head_losses_backward, mtp_labels
+from wmtp_worker.training.policy import PolicyTask
 from wmtp_worker.training.session import Session
-from wmtp_worker.training.setup import build_session, load_split
+from wmtp_worker.training.setup import build_session
+from wmtp_worker.training.splits import load_split
+from wmtp_worker.training.weights import Weighter
 from wmtp_worker.weighting.spans import ahead
 
 NAMES = {PLANTED: "planted", MISTAKEN: "mistaken", FILLER: "noise", END: "end"}
@@ -50,12 +53,13 @@ class Probe:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._session = open_session(settings)
-        self._model = self._session.model
-        self._train = _with_kinds(self._session.train_data)
+        task = self._session.task
+        assert isinstance(task, PolicyTask)
+        self._task, self._model, self._train = task, task.model, _with_kinds(task.data)
         tokenizer = load_tokenizer(tokenizer_folder(settings))
-        folder = dataset_folder(settings)
-        self._validation = _with_kinds(load_split(settings, folder, "validation", tokenizer, lambda: None))
-        self._weighter = self._session.weighter
+        self._validation = _with_kinds(
+            load_split(settings, dataset_folder(settings), "validation", tokenizer, lambda: None)
+        )
 
     def points(self) -> list[dict[str, Any]]:
         """What there is to say of each checkpoint, in the order of the steps."""
@@ -97,16 +101,18 @@ class Probe:
 
         "share": of the labelled positions, what uniform weights would give. The model is left as it is.
         """
-        training, progress, model = self._settings.training, self._session.progress, self._model
+        settings, progress, model = self._settings, self._session.progress, self._model
+        weighter = Weighter(settings.weighting, settings.run.seed, lambda: model.lm_head.weight)
+        weighter.memory.averages = self._task.averages
         weight, count, position = torch.zeros(len(NAMES)), torch.zeros(len(NAMES)), progress.position
         for step in range(steps):
-            rows, position = self._train.sampler.take(position, training.micro_batch_size)
+            rows, position = self._train.sampler.take(position, settings.training.micro_batch_size)
             batch = self._train.batch(rows)
             targets = mtp_labels(batch.labels, batch.segment_ids, model.heads)
-            (weigh,) = self._weighter.begin(progress.step + step, [batch], [targets])
+            (weigh,) = weighter.begin(progress.step + step, [batch], [targets])
             seen: list[torch.Tensor] = []
             counts = (targets != IGNORE).sum((0, 1)).float()
-            head_losses_backward(model, batch, targets, _watched(weigh, seen), counts, training.precision)
+            head_losses_backward(model, batch, targets, _watched(weigh, seen), counts, settings.training.precision)
             model.zero_grad()
             labelled = targets != IGNORE
             kind = ahead(batch.columns[_KIND], model.heads)[labelled].long()
