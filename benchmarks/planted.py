@@ -92,14 +92,18 @@ def study(plan: Plan, work: Path, seeds: int, jobs: int) -> dict[str, Any]:
         **summary(runs, plan),
         "cost": {"training, cpu seconds": {name: statistics.median(some) for name, some in spent.items()}}
         | cost(plan, work, rate),
-        "references": references,
-        "value models": values,
+        "references, at the end": [last(found) for found in references],
+        "value models": [{key: found[key] for key in ("arm", "seed", "validation")} for found in values],
         "runs": runs,
     }
 
 
 def final(found: dict[str, Any], kind: str, what: str) -> float:
     return float(found["curve"][-1]["losses"][kind][what])
+
+
+def last(found: dict[str, Any]) -> dict[str, Any]:
+    return {"seed": found["seed"], **found["curve"][-1]["losses"]}
 
 
 def steps_to(found: dict[str, Any], target: float) -> float | None:
@@ -145,6 +149,7 @@ def _row(found: list[dict[str, Any]], uniform: dict[int, dict[str, Any]], target
         ),
         "planted accuracy": over_seeds(lambda one: final(one, "planted", "accuracy")),
         "noise loss": over_seeds(lambda one: final(one, "noise", "head 1")),
+        "seeds": len(found),
         "seeds that reach the target": len(reached),
         "steps to the target": [statistics.fmean(reached), statistics.stdev(reached) if len(reached) > 1 else 0.0]
         if reached
@@ -203,23 +208,62 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def markdown(document: dict[str, Any]) -> str:
+    """The table for people: mean ± deviation over the seeds."""
+    share, spent = document["share of the labels"], document["cost"]
+    lines = [
+        "| arm | planted loss | less uniform's, paired | right | steps to the target | weight on planted / mistaken / "
+        "noise | CPU of a step, against uniform |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in document["arms"].items():
+        mass = " / ".join(f"{100 * row['mass'][kind][0]:.1f} %" for kind in ("planted", "mistaken", "noise"))
+        steps = "never" if row["steps to the target"] is None else _spread(row["steps to the target"], 0)
+        if 0 < row["seeds that reach the target"] < row["seeds"]:
+            steps += f" ({row['seeds that reach the target']} of {row['seeds']} seeds)"
+        ratio = spent["against uniform"].get(name)
+        cells = [
+            name,
+            _spread(row["planted loss"], 3),
+            _spread(row["planted loss less uniform's"], 3),
+            f"{100 * row['planted accuracy'][0]:.1f} %",
+            steps,
+            mass,
+            f"{100 * (ratio - 1):+.0f} %" if ratio else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    labels = ", ".join(f"{name} {100 * part:.1f} %" for name, part in share.items())
+    return "\n".join([*lines, "", f"Target: {document['target']:.4f} nats. Labels: {labels}."])
+
+
+def _spread(values: list[float], digits: int) -> str:
+    return f"{values[0]:.{digits}f} ± {values[1]:.{digits}f}"
+
+
+def rounded(found: Any) -> Any:
+    """Five digits of every number say all there is to say."""
+    if isinstance(found, dict):
+        return {name: rounded(value) for name, value in found.items()}
+    if isinstance(found, list):
+        return [rounded(value) for value in found]
+    return float(f"{found:.5g}") if isinstance(found, float) else found
+
+
 def main() -> None:
-    from common import record
+    from common import RESULTS, record
     from planted_picture import draw
 
     given = arguments()
     plan = QUICK if given.quick else replace(Plan(), steps=given.steps, every=given.steps // 12)
     work = given.work.absolute() / ("quick" if given.quick else "full")
     work.mkdir(parents=True, exist_ok=True)
-    document = study(plan, work, given.seeds, given.jobs)
-    if given.quick:
-        draw(document, work / "planted.png")
-        (work / "planted.json").write_text(json.dumps(document))
-        return
-    from common import RESULTS
-
-    record("planted", document)
-    draw(document, RESULTS / "planted.png")
+    document = rounded(study(plan, work, given.seeds, given.jobs))
+    draw(document, (work if given.quick else RESULTS) / "planted.png")
+    if not given.quick:
+        lines = [json.dumps(found) + "\n" for found in document["runs"]]
+        (RESULTS / "planted_runs.jsonl").write_text("".join(lines))
+        record("planted", {name: value for name, value in document.items() if name != "runs"})
+    print(markdown(document))
 
 
 if __name__ == "__main__":

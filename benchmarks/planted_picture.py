@@ -1,4 +1,4 @@
-"""The picture of planted.json. Also by itself: python benchmarks/planted_picture.py"""
+"""The picture of planted.json and planted_runs.jsonl. Also by itself: python benchmarks/planted_picture.py"""
 
 import json
 import statistics
@@ -35,6 +35,7 @@ def draw(document: dict[str, Any], picture: Path) -> None:
     for found in document["runs"]:
         runs.setdefault(found["arm"], []).append(found)
     families = [name for name in STYLES if name in runs]
+
     figure = Figure(figsize=(14, 11), layout="constrained", facecolor="white")
     axes = figure.subplots(2, 2)
     seeds = len(runs["uniform"])
@@ -101,7 +102,8 @@ def mass_bars(axis: Axes, document: dict[str, Any], families: list[str]) -> None
     axis.set_xticks(range(len(names)), [_broken(name) for name in names], fontsize=9)
     axis.set_title("share of all weight, mean over the training (uniform: the share of the tokens)", fontsize=12)
     axis.set_ylabel("share of the weight")
-    axis.legend(fontsize=10)
+    axis.set_ylim(top=1.25 * axis.get_ylim()[1])
+    axis.legend(fontsize=10, loc="upper left", ncols=3)
     _plain(axis)
 
 
@@ -111,7 +113,7 @@ def mass_curves(axis: Axes, runs: dict[str, Any], families: list[str], share: fl
     _over_steps(axis, runs, names, lambda point: point["mass"]["planted"])
     axis.axhline(share, color="#777777", linewidth=1, linestyle=(0, (1, 2)))
     axis.annotate("uniform", (1, share), (-4, 3), ("axes fraction", "data"), "offset points", ha="right")
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.15 * max(axis.get_ylim()[1], share))
     axis.set_title("share of the weight on right planted tokens", fontsize=12)
     axis.set_ylabel("share of the weight")
     axis.legend(fontsize=10)
@@ -140,4 +142,6 @@ def _broken(name: str) -> str:
 
 if __name__ == "__main__":
     results = Path(__file__).parent / "results"
-    draw(json.loads((results / "planted.json").read_text()), results / "planted.png")
+    lines = (results / "planted_runs.jsonl").read_text().splitlines()
+    document = json.loads((results / "planted.json").read_text()) | {"runs": [json.loads(line) for line in lines]}
+    draw(document, results / "planted.png")

@@ -188,7 +188,8 @@ def carry_out(job: Job) -> dict[str, Any]:
     if job.trains == "value":
         found["validation"] = summary.validation
     else:
-        found["curve"] = Probe(settings).points()
+        # what a reference makes of the noisy data is what weights follow from
+        found["curve"] = Probe(settings, job.work / "datasets" / "noisy").points()
     if job.trains == "reference" and not (folder := job.work / "models" / job.name).exists():
         convert(summary.paths.final, folder, "ours", tokenizer=job.work / "models" / "words")
     job.result.parent.mkdir(exist_ok=True)
