@@ -58,11 +58,16 @@ class MTPForCausalLM(LlamaForCausalLM):
         """
         return run_layers(self.model, len(self.model.layers) - 1, input_ids, position_ids, attention_mask)
 
-    def head_logits(self, number: int, trunk: TrunkOutput) -> torch.Tensor:
-        """Logits [batch, time, vocabulary] of head `number` (1…n): at position t they predict token t + number."""
+    def head_hidden(self, number: int, trunk: TrunkOutput) -> torch.Tensor:
+        """What the unembedding reads for head `number` (1…n): [batch, time, hidden_size], normed."""
         layer = self.model.layers[-1] if number == 1 else self.extra_heads[number - 2]
         hidden = layer(trunk.hidden, attention_mask=trunk.attention_mask, position_embeddings=trunk.position_embeddings)
-        logits: torch.Tensor = self.lm_head(self.model.norm(hidden))
+        normed: torch.Tensor = self.model.norm(hidden)
+        return normed
+
+    def head_logits(self, number: int, trunk: TrunkOutput) -> torch.Tensor:
+        """Logits [batch, time, vocabulary] of head `number` (1…n): at position t they predict token t + number."""
+        logits: torch.Tensor = self.lm_head(self.head_hidden(number, trunk))
         return logits
 
 

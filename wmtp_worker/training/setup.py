@@ -88,7 +88,7 @@ def build_session(
         device=device,
         model=model,
         optimizer=_optimizer(settings, model),
-        weighter=Weighter(settings.weighting, settings.run.seed, lambda: model.lm_head.weight),
+        weighter=Weighter(settings.weighting, settings.run.seed),
         train_data=train_data,
         validation_data=validation_data,
         identity={**settings.identity(), **{key: digest and f"sha256 {digest}" for key, digest in digests.items()}},
