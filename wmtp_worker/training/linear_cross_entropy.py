@@ -53,7 +53,9 @@ class TokenLosses:
 
 @dataclass(frozen=True)
 class _Seen:
-    """The first pass over the labelled tokens. `losses`: CE, objective, ‖g‖, [3, tokens]; `gradient`: Wᵀg, a row each."""
+    """What a pass over the labelled tokens found. `losses`: CE, objective, ‖g‖, [3, tokens]; `gradient`: Wᵀg, [tokens,
+    hidden_size].
+    """
 
     losses: torch.Tensor
     gradient: torch.Tensor
@@ -74,7 +76,7 @@ class LinearCrossEntropy:
         form: LossForm = PLAIN,
         chunk: int = CHUNK,
     ) -> None:
-        """`hidden`: [..., hidden_size]; `unembedding`: [vocabulary, hidden_size]; `targets`: int64 [...], -100: ignored.
+        """`hidden`: [..., hidden_size]; `unembedding`: [vocabulary, hidden_size]; `targets`: int64 [...], -100 ignored.
 
         They are multiplied in `hidden`'s type or, like those of any linear layer, in autocast's where that is on;
         everything else is at least float32.
@@ -99,28 +101,36 @@ class LinearCrossEntropy:
         hidden_norm = torch.linalg.vector_norm(self._seen.gradient, dim=-1)
         return TokenLosses(*(self._spread(one).view_as(self._targets) for one in (cross_entropy, norm, hidden_norm)))
 
-    def weighted_sum(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def weighted_sum(
+        self, weights: torch.Tensor, into: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Σ w·objective, to be differentiated by hidden states and unembedding, and Σ CE, which is not.
 
-        `weights`: shaped as the targets, constants; those of ignored tokens do not matter.
+        `weights`: shaped as the targets, constants; those of ignored tokens do not matter. `into`: a sum, at least
+        float32, to which the unembedding's gradient is added here and now instead of being made anew by the backward
+        pass. That must follow, once, without any factor: it raises `ValueError` for one.
         """
         chosen = weights.detach().flatten()[self._labelled].to(self._exact)
-        objective, cross_entropy = _WeightedSum.apply(self._hidden, self._unembedding, chosen, self)
+        inputs = self._hidden, self._unembedding, chosen, self, into
+        objective, cross_entropy = _WeightedSum.apply(*inputs)  # type: ignore[no-untyped-call]
         return objective, cross_entropy
 
-    def gradients(self, weights: torch.Tensor, of_unembedding: bool) -> tuple[_Seen, torch.Tensor, torch.Tensor | None]:
-        """What the tokens cost, and the gradients of Σ w·objective by hidden states and, if wanted, unembedding.
+    def gradients(self, weights: torch.Tensor, of_unembedding: torch.Tensor | None) -> tuple[_Seen, torch.Tensor]:
+        """What the tokens cost, and the gradient of Σ w·objective by the hidden states.
 
-        `weights`: [labelled].
+        `weights`: [labelled]. The gradient by the unembedding is added to `of_unembedding`, where there is one.
         """
-        matrix_gradient = torch.zeros_like(self._matrix, dtype=self._exact) if of_unembedding else None
         seen = self._seen
         if seen is None:
-            seen = self._pass(False, weights, matrix_gradient)
-        elif matrix_gradient is not None:
-            self._unembedding_pass(weights, matrix_gradient)
+            seen = self._pass(False, weights, of_unembedding)
+        elif of_unembedding is not None:
+            self._unembedding_pass(weights, of_unembedding)
         gradient = self._spread(seen.gradient * weights[:, None]).view_as(self._hidden)
-        return seen, gradient.to(self._hidden.dtype), matrix_gradient
+        return seen, gradient.to(self._hidden.dtype)
+
+    def new_sum(self) -> torch.Tensor:
+        """Zeros to sum the unembedding's gradient up in."""
+        return torch.zeros_like(self._matrix, dtype=self._exact)
 
     def _pass(
         self, norms: bool, weights: torch.Tensor | None = None, matrix_gradient: torch.Tensor | None = None
@@ -192,24 +202,33 @@ class _WeightedSum(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, unembedding: torch.Tensor, weights: torch.Tensor, loss: LinearCrossEntropy
+        ctx: Any,
+        hidden: torch.Tensor,
+        unembedding: torch.Tensor,
+        weights: torch.Tensor,
+        loss: LinearCrossEntropy,
+        into: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        trained = ctx.needs_input_grad[1]
+        total = (loss.new_sum() if into is None else into) if trained else None
         with _no_autocast(hidden):
-            seen, *gradients = loss.gradients(weights, ctx.needs_input_grad[1])
-        ctx.save_for_backward(*gradients)
-        ctx.dtype = unembedding.dtype
+            seen, gradient = loss.gradients(weights, total)
+        ctx.save_for_backward(gradient, total if into is None else None)
+        ctx.once, ctx.dtype = into is not None, unembedding.dtype
         cross_entropy, objective, _ = seen.losses
-        total = cross_entropy.sum()
-        ctx.mark_non_differentiable(total)
-        return (objective * weights).sum(), total
+        plain = cross_entropy.sum()
+        ctx.mark_non_differentiable(plain)
+        return (objective * weights).sum(), plain
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, factor: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, unembedding = ctx.saved_tensors
+        if ctx.once and factor != 1:
+            raise ValueError(f"the unembedding's gradient is summed up already: it cannot be multiplied by {factor}")
         if unembedding is not None:
             unembedding = (unembedding * factor).to(ctx.dtype)
-        return (hidden * factor).to(hidden.dtype), unembedding, None, None
+        return (hidden * factor).to(hidden.dtype), unembedding, None, None, None
 
 
 def _add_outer(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from wmtp_worker.data.packing import IGNORE
 from wmtp_worker.tracking.console import StepBar
+from wmtp_worker.training.linear_cross_entropy import LossForm
 from wmtp_worker.training.loss import head_losses_backward, mtp_labels
 from wmtp_worker.training.schedule import learning_rate
 from wmtp_worker.training.session import Session, seed_step
@@ -66,11 +67,12 @@ def train_step(session: Session) -> str:
     session.optimizer.zero_grad(set_to_none=True)
     weighs = session.weighter.begin(progress.step, batches, targets)
     losses = torch.zeros(2, model.heads, device=session.device)
+    form = LossForm(training.label_smoothing, training.z_loss)
     for batch, target, weigh in zip(batches, targets, weighs, strict=True):
         session.check()
         session.heartbeat.beat("train", step=progress.step)
         batch, target = batch.to(session.device), target.to(session.device)
-        losses += head_losses_backward(model, batch, target, weigh, counts, training.precision)
+        losses += head_losses_backward(model, batch, target, weigh, counts, training.precision, form)
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), training.grad_clip or math.inf))
     head_loss, unweighted = losses.tolist()
     loss = sum(head_loss) / model.heads

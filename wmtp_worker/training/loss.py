@@ -76,10 +76,12 @@ def head_losses_backward(
         trunk = model.trunk(batch.input_ids, batch.position_ids, packed_attention_mask(batch.segment_ids))
         leaf = trunk.detached()
         for number in range(1, heads + 1):
-            weighted, plain = _head_loss(model, number, leaf, batch, targets[..., number - 1], weigh, form)
-            (weighted / (counts[number - 1] * heads)).backward()
-            losses[0, number - 1] = weighted.detach() / counts[number - 1]
+            scale = 1 / (counts[number - 1] * heads)
+            weighted, plain = _head_loss(model, number, leaf, batch, targets[..., number - 1], weigh, scale, form)
+            weighted.backward()
+            losses[0, number - 1] = weighted.detach() * heads
             losses[1, number - 1] = plain / counts[number - 1]
+            del weighted  # and what it was made from, before the next head
     if trunk.hidden.requires_grad:  # not where only heads are trained
         trunk.hidden.backward(leaf.hidden.grad)
     return losses
@@ -92,17 +94,20 @@ def _head_loss(
     batch: Batch,
     targets: torch.Tensor,
     weigh: Weigh,
+    scale: torch.Tensor,
     form: LossForm,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One head's loss, summed over its tokens: weighted, to be differentiated, and plain."""
-    loss = LinearCrossEntropy(model.head_hidden(number, leaf), model.lm_head.weight, targets, form)
+    """One head's loss, summed over its tokens: weighted, scaled and to be differentiated; plain."""
+    unembedding = model.lm_head.weight
+    if unembedding.requires_grad and unembedding.grad is None:
+        unembedding.grad = torch.zeros_like(unembedding)
+    loss = LinearCrossEntropy(model.head_hidden(number, leaf), unembedding, targets, form)
     # weights are computed in fp32, whatever the model is
     with torch.no_grad(), torch.autocast(targets.device.type, enabled=False):
         weights = weigh(Head(number, batch, targets, loss.tokens))
-    return loss.weighted_sum(weights)
+    return loss.weighted_sum(weights * scale, into=unembedding.grad)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """bf16 autocast where `precision` asks for it, else nothing. Weights and gradients stay fp32."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
-

@@ -81,6 +81,8 @@ def build_session(
         "model.path": base_model_digest,
         **frozen,
     }
+    if settings.training.checkpoint_activations == "full":
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
     model.to(device).train()  # type: ignore[arg-type]  # transformers hides nn.Module.to's signature
     return Session(
         settings=settings,

@@ -6,8 +6,8 @@
 
 μ and σ are the moving mean and deviation of g (`statistics.MovingAverage`), c the outlier bound. The gradient of
 cross-entropy with respect to logits is p - 1_y; both norms come with the losses, from the pass over the logits that
-the training makes anyway (`training.linear_cross_entropy`). Its norm as importance: Katharopoulos & Fleuret (2018), "Not All
-Samples Are Created Equal", and the EL2N score of Paul et al. (2021), "Deep Learning on a Data Diet".
+the training makes anyway (`training.linear_cross_entropy`). Its norm as importance: Katharopoulos & Fleuret (2018),
+"Not All Samples Are Created Equal", and the EL2N score of Paul et al. (2021), "Deep Learning on a Data Diet".
 """
 
 import torch
