@@ -103,7 +103,7 @@ class Probe:
         "share": of the labelled positions, what uniform weights would give. The model is left as it is.
         """
         settings, progress, model = self._settings, self._session.progress, self._model
-        weighter = Weighter(settings.weighting, settings.run.seed, lambda: model.lm_head.weight)
+        weighter = Weighter(settings.weighting, settings.run.seed)
         weighter.memory.averages = self._task.averages
         weight, count, position = torch.zeros(len(NAMES)), torch.zeros(len(NAMES)), progress.position
         for step in range(steps):

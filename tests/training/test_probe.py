@@ -75,7 +75,7 @@ def test_families_that_ask_the_policy_get_what_it_says(probed, tmp_path):
     probe, settings, _ = probed("weighting.family=gradient", "weighting.normalise=none", "weighting.warmup=1")
     with torch.no_grad():
         probe._model.lm_head.weight.mul_(15)  # a policy that is sure of something
-    weighter = Weighter(settings.weighting, 1, lambda: torch.empty(0))
+    weighter = Weighter(settings.weighting, 1)
     probe.record(4, weighter)
     weights = lines(tmp_path / "logs" / "r" / "weights.jsonl")[1]["weights"]
     assert len({weight for sample in weights for token in sample for weight in token}) > 10
@@ -102,7 +102,7 @@ def test_the_file_is_bounded_however_long_the_run(every, last, expected, probed)
 
 def test_what_is_said_of_later_steps_or_other_samples_is_replaced(probed, tmp_path):
     probe, settings, _ = probed()
-    weighter, path = Weighter(settings.weighting, 1, lambda: torch.empty(0)), tmp_path / "logs" / "r" / "weights.jsonl"
+    weighter, path = Weighter(settings.weighting, 1), tmp_path / "logs" / "r" / "weights.jsonl"
     for step in (4, 8, 12, 8):
         probe.record(step, weighter)
     assert [line.get("step") for line in lines(path)] == [None, 4, 8]
@@ -114,7 +114,7 @@ def test_what_is_said_of_later_steps_or_other_samples_is_replaced(probed, tmp_pa
 def test_a_disk_that_does_not_take_it_stops_nothing(probed, tmp_path, caplog):
     probe, settings, _ = probed()
     (tmp_path / "logs").write_text("")
-    probe.record(4, Weighter(settings.weighting, 1, lambda: torch.empty(0)))
+    probe.record(4, Weighter(settings.weighting, 1))
     assert "weights of step 4 are not recorded" in caplog.text
 
 

@@ -142,6 +142,13 @@ class TrainingSettings(Section):
     eps: AboveZero = Field(description="AdamW's addend to the denominator")
     grad_clip: NotNegative = Field(description="largest norm of the gradient; 0 does not clip")
     precision: Literal["fp32", "bf16"] = Field(description="fp32, or bf16 autocast over fp32 weights")
+    label_smoothing: BelowOne = Field(description="share of each label that is spread over the whole vocabulary")
+    z_loss: NotNegative = Field(
+        description="weight of log²Z, which keeps logits from drifting; PaLM's is 1e-4; 0: left out"
+    )
+    checkpoint_activations: Literal["none", "full"] = Field(
+        description="full: each layer keeps its input alone and runs again in the backward pass; less memory, same bits"
+    )
     early_stopping: EarlyStoppingSettings
 
 
@@ -403,6 +410,7 @@ _NOT_IDENTITY = frozenset(
         "model.tokenizer",
         "data.dataset",
         "data.format",
+        "training.checkpoint_activations",
         "weighting.reference",
         "weighting.critic.value",
         "weighting.critic.reward_model",

@@ -9,6 +9,7 @@ from wmtp_worker.data.dataset import Dataset
 from wmtp_worker.data.packing import IGNORE, Batch
 from wmtp_worker.model.mtp import MTPForCausalLM
 from wmtp_worker.settings import Settings
+from wmtp_worker.training.linear_cross_entropy import LossForm
 from wmtp_worker.training.loss import Weigh, head_losses_backward, mtp_labels
 from wmtp_worker.training.probe import Probe
 from wmtp_worker.training.task import Backward, Step
@@ -35,7 +36,8 @@ class PolicyTask:
         self._probe = probe
         self._settings = settings
         self._device = device
-        self._weighter = Weighter(settings.weighting, settings.run.seed, lambda: model.lm_head.weight)
+        self._weighter = Weighter(settings.weighting, settings.run.seed)
+        self._form = LossForm(settings.training.label_smoothing, settings.training.z_loss)
         self._losses = torch.zeros(2, model.heads, device=device)
 
     @property
@@ -61,7 +63,7 @@ class PolicyTask:
     def _backward(self, batch: Batch, targets: torch.Tensor, weigh: Weigh, counts: torch.Tensor) -> None:
         batch, targets = batch.to(self._device), targets.to(self._device)
         precision = self._settings.training.precision
-        self._losses += head_losses_backward(self.model, batch, targets, weigh, counts, precision)
+        self._losses += head_losses_backward(self.model, batch, targets, weigh, counts, precision, self._form)
 
     def loss(self) -> float:
         head_loss: list[float] = self._losses[0].tolist()

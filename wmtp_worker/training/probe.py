@@ -10,19 +10,19 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 
 from wmtp_worker.data.dataset import Dataset
 from wmtp_worker.data.packing import Batch, pack
 from wmtp_worker.errors import WorkerError
-from wmtp_worker.model.mtp import MTPForCausalLM, packed_attention_mask
+from wmtp_worker.model.mtp import MTPForCausalLM, TrunkOutput, packed_attention_mask
 from wmtp_worker.settings import Settings
 from wmtp_worker.storage.atomic import write_text
-from wmtp_worker.training.families import looks_at_losses
+from wmtp_worker.training.linear_cross_entropy import LinearCrossEntropy, LossForm, TokenLosses
 from wmtp_worker.training.loss import Head, Weigh, autocast, mtp_labels
 from wmtp_worker.training.weights import Weighter
 
@@ -61,6 +61,7 @@ class Probe:
         self._data = data
         self._model = model
         self._device = device
+        self._form = LossForm(settings.training.label_smoothing, settings.training.z_loss)
         indices = _first_correct(data)
         self._rows = pack(indices, [len(sample.ids) for sample in data.samples], data.sequence_length)
         places = [
@@ -126,21 +127,23 @@ class Probe:
     @torch.no_grad()
     def _weigh_batch(self, batch: Batch, targets: torch.Tensor, weigh: Weigh) -> torch.Tensor:
         """Every head's weights, [batch, time, heads]; the policy runs only where the family looks at what it makes."""
-        weights, looks = [], looks_at_losses(self._settings.weighting)
-        with autocast(self._device, self._settings.training.precision):
-            if looks:
-                mask = packed_attention_mask(batch.segment_ids)
-                trunk = self._model.trunk(batch.input_ids, batch.position_ids, mask)
-            for number in range(1, self._model.heads + 1):
-                labels = targets[..., number - 1]
-                logits, losses = torch.empty(0), torch.zeros(labels.shape, device=self._device)
-                if looks:
-                    logits = self._model.head_logits(number, trunk)
-                    flat = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
-                    losses = flat.view(labels.shape)
-                with torch.autocast(self._device.type, enabled=False):
-                    weights.append(weigh(Head(number, batch, labels, logits, losses)).cpu())
-        return torch.stack(weights, -1)
+        precision = self._settings.training.precision
+
+        @cache
+        def trunk() -> TrunkOutput:
+            return self._model.trunk(batch.input_ids, batch.position_ids, packed_attention_mask(batch.segment_ids))
+
+        @cache
+        def look(number: int) -> TokenLosses:
+            with autocast(self._device, precision):
+                hidden = self._model.head_hidden(number, trunk())
+                return LinearCrossEntropy(
+                    hidden, self._model.lm_head.weight, targets[..., number - 1], self._form
+                ).tokens()
+
+        numbers = range(1, self._model.heads + 1)
+        heads = [Head(number, batch, targets[..., number - 1], partial(look, number)) for number in numbers]
+        return torch.stack([weigh(head).cpu() for head in heads], -1)
 
     def _at_tokens(self, weights: torch.Tensor, chosen: _Chosen) -> list[list[float]]:
         """What each head gives to each token of a solution: head k stands k positions before it."""

@@ -63,6 +63,8 @@ def policy_task(
         check_fit(settings, model, tokenizer)
         if settings.lora.rank:
             add_lora(model, **settings.lora.model_dump(), seed=settings.run.seed)
+        if settings.training.checkpoint_activations == "full":
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
         base_model_digest = base_digest(base, lambda: poll("model")) if base else None
     digests = {**data.digests, "model.path": base_model_digest}
     if settings.weighting.critic.value == value_name(settings.run.name):
@@ -192,4 +194,6 @@ def _value_model(settings: Settings, base: Path | None, data: "_Data", longest: 
     if value.lora_rank:
         adapters = settings.lora.model_dump() | {"rank": value.lora_rank}
         add_lora(model.backbone, **adapters, seed=settings.run.seed)
+    if settings.training.checkpoint_activations == "full":
+        model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
     return model

@@ -1,7 +1,7 @@
 """The weights of a step's tokens: a family, a control, the normalisation, and what there is to log about them."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -32,11 +32,9 @@ class Weighter:
     head is trained by. Controls draw from (seed, step) alone: `memory.averages` is all there is to save.
     """
 
-    def __init__(self, settings: WeightingSettings, seed: int, unembedding: Callable[[], torch.Tensor]) -> None:
-        """`unembedding`: gives the policy's own, [vocabulary, hidden_size], as it is now."""
+    def __init__(self, settings: WeightingSettings, seed: int) -> None:
         self._settings = settings
         self._seed = seed
-        self._unembedding = unembedding
         self.memory = Memory(settings.ema_decay, settings.warmup)
         self._chance = torch.Generator()
         # of this step: weights before and after the normalisation, and which are of labelled positions
@@ -44,7 +42,7 @@ class Weighter:
 
     def aside(self) -> Self:
         """One that weighs as this one would now; what it weighs leaves no trace here."""
-        other = type(self)(self._settings, self._seed, self._unembedding)
+        other = type(self)(self._settings, self._seed)
         other.memory.averages = dict(self.memory.averages)
         return other
 
@@ -90,9 +88,10 @@ class Weighter:
         return facts
 
     def _while_it_runs(self, head: Head) -> torch.Tensor:
-        if not torch.isfinite(head.losses).all():
-            return torch.ones_like(head.losses)  # the run has diverged: its loss will tell
-        raw = after_the_policy(self._settings, head, self._unembedding(), self.memory)
+        losses = head.losses
+        if not torch.isfinite(losses).all():
+            return torch.ones_like(losses)  # the run has diverged: its loss will tell
+        raw = after_the_policy(self._settings, head, self.memory)
         labelled = (head.targets != IGNORE)[..., None]
         raw = self._control(raw, labelled, head.batch.segment_ids)
         return self._normalised(raw, labelled)[..., 0]
@@ -119,4 +118,4 @@ class Weighter:
 
 
 def _known(weights: torch.Tensor) -> Weigh:
-    return lambda head: weights[..., head.number - 1].to(head.losses.device)
+    return lambda head: weights[..., head.number - 1].to(head.targets.device)
