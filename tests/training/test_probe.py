@@ -15,6 +15,7 @@ from wmtp_worker.settings import load
 from wmtp_worker.storage.layout import RunPaths
 from wmtp_worker.training import probe as module
 from wmtp_worker.training.probe import Probe, pieces
+from wmtp_worker.training.report import write_report
 from wmtp_worker.training.splits import load_split
 from wmtp_worker.training.weights import Weighter
 
@@ -118,18 +119,39 @@ def test_a_disk_that_does_not_take_it_stops_nothing(probed, tmp_path, caplog):
     assert "weights of step 4 are not recorded" in caplog.text
 
 
-def test_the_probe_changes_no_bit_of_a_run_and_a_stop_none_of_the_probe(tiny_run, run_record, tmp_path):
+@pytest.fixture(scope="module")
+def runs(tiny_run, tmp_path_factory):
+    """Work directories of the same run without a probe, with it, and stopped after the validation of step 4."""
+    without, probed, stopped = (tmp_path_factory.mktemp(name) for name in ("without", "with", "stopped"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Probe, "record", lambda *_: None)
-        tiny_run(tmp_path / "without", *LIVELY)
-    tiny_run(tmp_path / "with", *LIVELY)
-    assert run_record(tmp_path / "with") == run_record(tmp_path / "without")
+        tiny_run(without, *LIVELY)
+    tiny_run(probed, *LIVELY)
     with pytest.raises(Interrupted):
-        tiny_run(tmp_path / "stopped", *LIVELY, stop=StopAfter(17))  # after the validation of step 4
-    tiny_run(tmp_path / "stopped", *LIVELY)
-    recorded, again = (RunPaths(tmp_path / name, "tiny").record.weights for name in ("with", "stopped"))
-    assert [line.get("step") for line in lines(recorded)] == [None, 4, 8, 12]
-    assert again.read_bytes() == recorded.read_bytes()
+        tiny_run(stopped, *LIVELY, stop=StopAfter(17))
+    tiny_run(stopped, *LIVELY)
+    return without, probed, stopped
+
+
+def test_the_probe_changes_no_bit_of_a_run(runs, run_record):
+    without, probed, _ = runs
+    assert run_record(probed) == run_record(without)
+
+
+def test_a_stop_changes_nothing_of_the_probe(runs):
+    _, probed, stopped = (RunPaths(workdir, "tiny").record.weights for workdir in runs)
+    assert [line.get("step") for line in lines(probed)] == [None, 4, 8, 12]
+    assert stopped.read_bytes() == probed.read_bytes()
+
+
+def test_the_report_of_real_runs(runs, tmp_path):
+    _, probed, stopped = (RunPaths(workdir, "tiny").record for workdir in runs)
+    page = tmp_path / "page.html"
+    write_report([stopped], page)
+    assert "Finished after 12 steps." in page.read_text()
+    assert "1 interruption: 0 steps done again." in page.read_text()
+    write_report([probed, stopped], page)
+    assert "tiny and tiny reach the same validation loss" in page.read_text()
 
 
 def test_pieces_are_the_whole_text(tokenizer):

@@ -97,7 +97,7 @@ def test_values_are_learned(objective, rate, loss, two_stages, tmp_path):
     if objective == "pairwise":
         assert summary.validation["pairwise_accuracy"] == 1
         assert metrics(tmp_path)[-1]["pairwise_accuracy"] == 1
-    assert set(summary.files) == {"picture", "metrics", "log", "final model", "best model", "checkpoints"}
+    assert set(summary.files) == {"report", "metrics", "log", "final model", "best model", "checkpoints"}
     assert (RunPaths(tmp_path, "tiny-value").report.stat().st_size > 0) == (objective == "pairwise")
     best = torch.load(RunPaths(tmp_path, "tiny-value").best, weights_only=True)
     assert best["validation"]["value_loss"] == min(line["value_loss"] for line in metrics(tmp_path, kind="validation"))
