@@ -269,7 +269,8 @@ class Session:
         return TrainingDiverged(
             f"{what} after step {step}; the last good checkpoint: {good}",
             where=f"run {self.paths.run}",
-            fix=f"lower {section}.lr, lengthen training.warmup_steps or set training.grad_clip, under another --run-name",
+            fix=f"lower {section}.lr, lengthen training.warmup_steps or set training.grad_clip, "
+            "under another --run-name",
         )
 
     def export(self, best: bool) -> None:
