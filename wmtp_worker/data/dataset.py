@@ -15,16 +15,16 @@ from wmtp_worker.data.tokenizer import Sample
 class Dataset:
     """Tokenized samples and how they are cut into batches.
 
-    `difficulties`: of each problem, by its number, None where that is not known. `columns`: by name, one float32 array
-    per sample, as long as its ids; the batches carry them along. Raises `ValueError` for a column of another length.
+    `columns`: by name, one float32 array per sample, as long as its ids; the batches carry them along. `difficulties`:
+    of each problem, by its number, None where that is not known. Raises `ValueError` for a column of another length.
     """
 
     samples: list[Sample]
     sampler: PackedSampler
     sequence_length: int
     pad_id: int
-    difficulties: Sequence[int | None] = ()
     columns: Mapping[str, Column] = field(default_factory=dict)
+    difficulties: Sequence[int | None] = ()
 
     def __post_init__(self) -> None:
         for name, column in self.columns.items():

@@ -58,7 +58,7 @@ def load_split(
     lengths = [len(sample.ids) for sample in fitting]
     sampler = PackedSampler(lengths, limit, settings.run.seed, settings.data.packing)
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return Dataset(fitting, sampler, limit, pad_id, difficulties)
+    return Dataset(fitting, sampler, limit, pad_id, difficulties=difficulties)
 
 
 def data_format(settings: Settings) -> Format | None:
