@@ -82,7 +82,7 @@ def build_session(
         **frozen,
     }
     if settings.training.checkpoint_activations == "full":
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+        model.activation_checkpointing_enable()  # type: ignore[no-untyped-call]
     model.to(device).train()  # type: ignore[arg-type]  # transformers hides nn.Module.to's signature
     return Session(
         settings=settings,
