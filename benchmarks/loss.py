@@ -3,8 +3,9 @@
     python benchmarks/loss.py [--rounds N] [--shape llama smol] [--precision fp32 bf16] [--heads 1 2 4 8]
 
 Times: all ways alternate on the same model in one process; the median of their ratios to stacked logits counts. Memory:
-a fresh process each, the kernel's high-water mark of its resident memory. With any option only that is measured, and
-nothing is kept.
+a fresh process each, the kernel's high-water mark of its resident memory. Products: the matrix products of a step in
+the chunks' shapes, at the speed that they reach alone, against the whole step, and where the rest goes. With --shape,
+--precision or --heads only that is measured, and nothing is kept.
 """
 
 import argparse
@@ -24,7 +25,8 @@ os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")  # what is freed is giv
 
 import torch
 import torch.nn.functional as F
-from common import median
+from common import RESULTS, median, record
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 from transformers import LlamaConfig
 
 from wmtp_worker.data.packing import Batch
@@ -38,6 +40,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "config": {"hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 6, "vocab_size": 32_000},
         "layers": 7,
         "rows": (4, 512),
+        "heads": (1, 2, 4, 8),
     },
     # SmolLM2-135M's width and vocabulary on fewer layers: tied, grouped queries
     "smol": {
@@ -51,9 +54,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         },
         "layers": 5,
         "rows": (2, 512),
+        "heads": (4,),
     },
 }
-PRECISIONS, HEADS = ("fp32", "bf16"), (1, 2, 4, 8)
+PRECISIONS = ("fp32", "bf16")
 
 
 class Step:
@@ -145,9 +149,9 @@ def looking(step: Step) -> None:
 
 def checkpointed(step: Step) -> None:
     """The worker's, with training.checkpoint_activations=full."""
-    step.model.gradient_checkpointing_enable({"use_reentrant": False})
+    step.model.activation_checkpointing_enable()
     ours(step)
-    step.model.gradient_checkpointing_disable()
+    step.model.activation_checkpointing_disable()
 
 
 def _ours(step: Step, weigh: Callable[[Head], torch.Tensor]) -> None:
@@ -222,29 +226,107 @@ def seconds(shape: str, heads: int, precision: str, rounds: int) -> dict[str, di
     }
 
 
+# --- products
+
+
+def products(shape: str, heads: int, precision: str, rounds: int) -> dict[str, Any]:
+    """The floating-point operations of a step of ours over the speed of products alone, and the step's profile."""
+    step = Step(shape, heads, precision)
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flop}) as counter:
+        step.take(ours)
+    operations = counter.get_total_flops()
+    speed = _speed(step, rounds)
+    cpu = []
+    for _ in range(rounds):
+        started = time.process_time()
+        step.take(ours)
+        cpu.append(time.process_time() - started)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step.take(ours)
+    events = profile.key_averages()
+    total = sum(event.self_cpu_time_total for event in events)
+    largest = sorted(events, key=lambda event: -event.self_cpu_time_total)[:14]
+    return {
+        "teraflop": round(operations / 1e12, 3),
+        "gigaflop a CPU second": round(speed / 1e9, 1),
+        "at that speed": round(operations / speed, 2),
+        "cpu": median(cpu),
+        "over": round(statistics.median(cpu) * speed / operations, 3),
+        "profile": {event.key: round(event.self_cpu_time_total / total, 3) for event in largest},
+    }
+
+
+def _speed(step: Step, rounds: int) -> float:
+    """Operations a CPU second of the three products of one chunk."""
+    matrix = step.model.lm_head.weight.detach()
+    states = torch.randn(linear_cross_entropy.CHUNK, matrix.shape[1])
+    if step.precision == "bf16":
+        matrix, states = matrix.bfloat16(), states.bfloat16()
+    logits, total, each = states @ matrix.T, torch.zeros_like(matrix), []
+    for _ in range(4 * rounds):
+        started = time.process_time()
+        torch.mm(states, matrix.T, out=logits)
+        logits @ matrix
+        torch.mm(logits.T, states, out=total)
+        each.append(time.process_time() - started)
+    return 3 * 2 * len(states) * matrix.numel() / statistics.median(each)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--shape", nargs="+", choices=list(SHAPES), default=list(SHAPES))
-    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
-    parser.add_argument("--heads", nargs="+", type=int, default=list(HEADS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--shape", nargs="+", choices=list(SHAPES))
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS)
+    parser.add_argument("--heads", nargs="+", type=int)
     parser.add_argument("--alone", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.alone:
         shape, heads, precision, way = options.alone
-        return measure_memory(shape, int(heads), precision, way)
-    result: dict[str, Any] = {}
-    for shape in options.shape:
-        for precision in options.precision:
-            for heads in options.heads:
-                times = seconds(shape, heads, precision, options.rounds)
+        measure_memory(shape, int(heads), precision, way)
+        return
+    result: dict[str, Any] = {"ways": {}, "products": {}}
+    for shape in options.shape or SHAPES:
+        for precision in options.precision or PRECISIONS:
+            for heads in options.heads or SHAPES[shape]["heads"]:
+                name = f"{shape} {precision} n={heads}"
+                result["ways"][name] = times = seconds(shape, heads, precision, options.rounds)
                 for way, facts in times.items():
                     facts["megabytes"] = memory(shape, heads, precision, way)
                 for way, facts in times.items():
-                    facts["of stacked"] = round(facts["megabytes"] / times["stacked"]["megabytes"], 3)
-                    print(shape, precision, heads, f"{way:30s}", facts, flush=True)
-                result.setdefault(shape, {}).setdefault(precision, {})[heads] = times
-    return None
+                    facts["memory ratio"] = round(facts["megabytes"] / times["stacked"]["megabytes"], 3)
+                    print(f"{name:20s} {way:30s}", facts, flush=True)
+                if heads == 4:
+                    result["products"][name] = products(shape, heads, precision, options.rounds)
+                    print(f"{name:20s} products", result["products"][name], flush=True)
+    if not (options.shape or options.precision or options.heads):
+        record("loss", result)
+        draw(result["ways"], RESULTS / "loss.png")
+
+
+def draw(found: dict[str, dict[str, dict[str, float]]], picture: Path) -> None:
+    """Memory and CPU seconds of a step against the number of heads, of the first shape."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # Okabe and Ito's colours, told apart with any kind of colour vision
+    styles = dict(
+        zip([*WAYS, PLAIN], ("#D55E00", "#E69F00", "#999999", "#009E73", "#0072B2", "#CC79A7", "k"), strict=True)
+    )
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    heads = SHAPES["llama"]["heads"]
+    for row, precision in zip(figure.subplots(2, 2), PRECISIONS, strict=True):
+        for axes, key, label in zip(row, ("megabytes", "cpu"), ("peak memory, MB", "CPU seconds"), strict=True):
+            for number, (way, colour) in enumerate(styles.items()):
+                points = [(n, found[f"llama {precision} n={n}"].get(way)) for n in heads]
+                known = [(n, facts[key]) for n, facts in points if facts]
+                marker = "osD^vPX"[number]
+                axes.plot(*zip(*known, strict=True), marker=marker, color=colour, label=way, alpha=0.85)
+            axes.set(title=f"{precision}: {label}", xlabel="heads", xticks=heads, yscale="log")
+            axes.grid(which="both", alpha=0.3)
+    row[0].legend(fontsize=8)
+    figure.suptitle("One training step by the way to the loss: 6 layers of trunk, vocabulary 32,000, 2,048 tokens")
+    with picture.open("wb") as file:
+        FigureCanvasAgg(figure).print_png(file)
 
 
 if __name__ == "__main__":

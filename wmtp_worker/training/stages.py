@@ -64,7 +64,7 @@ def policy_task(
         if settings.lora.rank:
             add_lora(model, **settings.lora.model_dump(), seed=settings.run.seed)
         if settings.training.checkpoint_activations == "full":
-            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+            model.activation_checkpointing_enable()  # type: ignore[no-untyped-call]
         base_model_digest = base_digest(base, lambda: poll("model")) if base else None
     digests = {**data.digests, "model.path": base_model_digest}
     if settings.weighting.critic.value == value_name(settings.run.name):
@@ -195,5 +195,5 @@ def _value_model(settings: Settings, base: Path | None, data: "_Data", longest: 
         adapters = settings.lora.model_dump() | {"rank": value.lora_rank}
         add_lora(model.backbone, **adapters, seed=settings.run.seed)
     if settings.training.checkpoint_activations == "full":
-        model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        model.backbone.activation_checkpointing_enable()
     return model
