@@ -99,14 +99,23 @@ def validation_before(work: Path, steps: int) -> dict[str, Any]:
     return session.task.validate(lambda: None).to_json()
 
 
+def _both(line: dict[str, Any]) -> float:
+    return float(line["unweighted_loss"])
+
+
+def _first(line: dict[str, Any]) -> float:
+    return float(line["unweighted_head_loss"][0])
+
+
 def row(work: Path, run: str) -> dict[str, Any]:
-    """What the run's own record says. Losses: unweighted, mean of both heads, nats a token."""
+    """What the run's own record says. Losses: unweighted, nats a token, mean of both heads where it is not said."""
     records = read(RunPaths(work, run).metrics)
     steps = [line for line in records if line["kind"] == "train"]
-    losses = [line["unweighted_loss"] for line in steps]
+    losses, first = ([of(line) for line in steps] for of in (_both, _first))
     after = [line for line in records if line["kind"] == "validation"][-1]
     return {
         "training loss": [statistics.fmean(losses[:ENDS]), statistics.fmean(losses[-ENDS:])],
+        "training loss, head 1": [statistics.fmean(first[:ENDS]), statistics.fmean(first[-ENDS:])],
         "validation loss after": after["loss"],
         "validation loss after, head 1": after["head_loss"][0],
         "weight entropy": statistics.fmean(line["weight_entropy"] for line in steps),

@@ -84,8 +84,8 @@ def test_a_tiny_study(tmp_path, one_thread, monkeypatch):
 
     from wmtp_worker.training import run
 
-    # the runs' own pictures take longer than the runs
-    monkeypatch.setattr(run, "draw", lambda metrics, picture, title: picture.touch())
+    # the runs' reports take longer than the runs
+    monkeypatch.setattr(run, "write_report", lambda records, path: path.touch())
     plan = replace(QUICK, families=("rho1_tokenskip",))
     monkeypatch.setattr(type(plan), "arms", lambda self: [planted.Arm("uniform"), planted.Arm("rho1_tokenskip")])
     document = planted.study(plan, tmp_path, seeds=1, jobs=1)
