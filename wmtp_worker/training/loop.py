@@ -54,6 +54,7 @@ def train_step(session: Session) -> str:
     rows, after = session.train_data.sampler.take(progress.position, training.micro_batch_size * training.accumulation)
     size = training.micro_batch_size
     batches = [session.train_data.batch(rows[i : i + size]) for i in range(0, len(rows), size)]
+    waited = time.perf_counter() - started
     targets = [mtp_labels(batch.labels, batch.segment_ids, model.heads) for batch in batches]
     # every micro-batch is divided by the same counts, so accumulation equals one large batch
     counts = torch.stack([(target != IGNORE).sum((0, 1)) for target in targets]).sum(0).clamp(min=1)
@@ -99,6 +100,7 @@ def train_step(session: Session) -> str:
         packing=tokens / sum(batch.input_ids.numel() for batch in batches),
         rows=hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16],
         seconds=seconds,
+        wait=waited,
     )
     session.saving.stepped(seconds)
     session.report("train", loss=loss, tokens_per_second=tokens / seconds)
@@ -106,7 +108,8 @@ def train_step(session: Session) -> str:
     if weighting.get("weight_std"):
         note += f"  weights ±{weighting['weight_std']:.2f} entropy {weighting['weight_entropy']:.3f}"
     if progress.step % session.settings.logging.every == 0 or session.finished:
-        log.info("step %d/%d  %s  lr %.2e  grad norm %.2f", progress.step, training.max_steps, note, rate, norm)
+        more = f"lr {rate:.2e}  grad norm {norm:.2f}  waited {waited / seconds:.1%}"
+        log.info("step %d/%d  %s  %s", progress.step, training.max_steps, note, more)
     return note
 
 

@@ -12,6 +12,7 @@ from wmtp_worker.assets.resolve import dataset_digest, dataset_folder, model_fol
 from wmtp_worker.checkpoint.restore import find
 from wmtp_worker.data.dataset import Dataset
 from wmtp_worker.data.formats import Format, read_split
+from wmtp_worker.data.packing import METHOD
 from wmtp_worker.data.problems import Split
 from wmtp_worker.data.sampler import PackedSampler
 from wmtp_worker.data.tokenizer import Sample, encode_all, load_tokenizer
@@ -32,6 +33,7 @@ from wmtp_worker.training.bucket import RunBucket
 from wmtp_worker.training.columns import Policy, add_columns
 from wmtp_worker.training.scores import Scorer
 from wmtp_worker.training.session import Session
+from wmtp_worker.training.tokens import Cache
 from wmtp_worker.training.weights import Weighter
 
 if TYPE_CHECKING:
@@ -91,7 +93,11 @@ def build_session(
         weighter=Weighter(settings.weighting, settings.run.seed, lambda: model.lm_head.weight),
         train_data=train_data,
         validation_data=validation_data,
-        identity={**settings.identity(), **{key: digest and f"sha256 {digest}" for key, digest in digests.items()}},
+        identity={
+            **settings.identity(),
+            **order(settings),
+            **{key: digest and f"sha256 {digest}" for key, digest in digests.items()},
+        },
         base_model_digest=base_model_digest,
         threads=threads,
         stop=stop,
@@ -103,14 +109,24 @@ def build_session(
 def load_split(
     settings: Settings, folder: Path, split: Split, tokenizer: "PreTrainedTokenizerFast", poll: Callable[[], None]
 ) -> Dataset:
-    """Read and tokenize one split; `poll` is called before each sample and may raise to stop. Raises `InputError`."""
+    """One split as tokens, read and tokenized where no earlier run has done that (`tokens`).
+
+    `poll` is called before each sample and may raise to stop. Raises `InputError`.
+    """
     limit = settings.data.sequence_length
     # what the policy is to be good at is the right ones, whatever it learns from
     solutions = settings.data.solutions if split == "train" else "correct"
-    samples: list[Sample] = []
-    for number, problem in enumerate(read_split(folder, split, data_format(settings))):
-        poll()
-        samples += encode_all(tokenizer, problem, number, solutions)
+
+    def make() -> list[Sample]:
+        made: list[Sample] = []
+        for number, problem in enumerate(read_split(folder, split, data_format(settings))):
+            poll()
+            made += encode_all(tokenizer, problem, number, solutions)
+        return made
+
+    files = dataset_digest(folder, data_format(settings), (split,))
+    facts = (files, tokenizer_digest(tokenizer_folder(settings)), settings.data.format, split, solutions)
+    samples = Cache(settings.run.workdir, facts).samples(make, poll)
     if not samples:
         raise InputError(
             f"no {split} problem has a correct Python solution",
@@ -130,6 +146,11 @@ def load_split(
     sampler = PackedSampler(lengths, limit, settings.run.seed, settings.data.packing)
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return Dataset(fitting, sampler, limit, pad_id)
+
+
+def order(settings: Settings) -> dict[str, str]:
+    """How samples are laid out in rows, for the identity of a run: an older way is another order of the data."""
+    return {"data.packing": METHOD} if settings.data.packing else {}
 
 
 def data_format(settings: Settings) -> Format | None:
