@@ -11,6 +11,7 @@ from wmtp_worker.cli.data import app as data_app
 from wmtp_worker.cli.doctor import doctor
 from wmtp_worker.cli.evaluate import evaluate
 from wmtp_worker.cli.models import app as models_app
+from wmtp_worker.cli.plan import plan
 from wmtp_worker.cli.report import report
 from wmtp_worker.cli.settings import app as settings_app
 from wmtp_worker.cli.sync import app as sync_app
@@ -25,6 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(train)
+app.command()(plan)
 app.command()(evaluate)
 app.command()(report)
 app.add_typer(checkpoints_app, name="checkpoints")
@@ -51,6 +53,8 @@ def wmtp(
     """Train language models by weighted multi-token prediction, on machines that may vanish at any moment.
 
     wmtp doctor                             [dim]is this machine fit to train?[/dim]
+
+    wmtp plan --preset smoke                [dim]what will a run need and cost?[/dim]
 
     wmtp train --preset smoke               [dim]a whole run in under a minute[/dim]
 

@@ -79,6 +79,10 @@ def scores_dir(workdir: Path) -> Path:
     return workdir / "cache" / "scores"
 
 
+def tokens_dir(workdir: Path) -> Path:
+    return workdir / "cache" / "tokens"
+
+
 @dataclass(frozen=True)
 class RunPaths:
     """Every local path of one run."""

@@ -51,6 +51,7 @@ def train_step(session: Session) -> str:
     rows, after = task.data.sampler.take(progress.position, training.micro_batch_size * training.accumulation)
     size = training.micro_batch_size
     batches = [task.data.batch(rows[i : i + size]) for i in range(0, len(rows), size)]
+    waited = time.perf_counter() - started
 
     seed_step(session.settings.run.seed, progress.step)
     rate = learning_rate(progress.step, training)
@@ -85,12 +86,14 @@ def train_step(session: Session) -> str:
         packing=tokens / sum(batch.input_ids.numel() for batch in batches),
         rows=hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16],
         seconds=seconds,
+        wait=waited,
     )
     session.saving.stepped(seconds)
     session.report("train", loss=loss, tokens_per_second=tokens / seconds)
     note = f"loss {loss:.4f}  {tokens / seconds:,.0f} tokens/s{taken.note}"
     if logged:
-        log.info("step %d/%d  %s  lr %.2e  grad norm %.2f", progress.step, training.max_steps, note, rate, norm)
+        more = f"lr {rate:.2e}  grad norm {norm:.2f}  waited {waited / seconds:.1%}"
+        log.info("step %d/%d  %s  %s", progress.step, training.max_steps, note, more)
     return note
 
 

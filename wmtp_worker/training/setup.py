@@ -19,6 +19,7 @@ from wmtp_worker.tracking.heartbeat import Heartbeat
 from wmtp_worker.training.bucket import RunBucket
 from wmtp_worker.training.scores import Scorer
 from wmtp_worker.training.session import Session
+from wmtp_worker.training.splits import order
 from wmtp_worker.training.stages import policy_task, value_task
 from wmtp_worker.training.task import Task
 
@@ -55,7 +56,11 @@ def build_session(
         device=device,
         task=task,
         optimizer=_optimizer(settings, model),
-        identity={**settings.identity(), **{key: digest and f"sha256 {digest}" for key, digest in digests.items()}},
+        identity={
+            **settings.identity(),
+            **order(settings),
+            **{key: digest and f"sha256 {digest}" for key, digest in digests.items()},
+        },
         base_model_digest=digests.get("value.backbone") or digests["model.path"],
         threads=threads,
         stop=stop,

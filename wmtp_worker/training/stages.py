@@ -64,7 +64,7 @@ def policy_task(
         if settings.lora.rank:
             add_lora(model, **settings.lora.model_dump(), seed=settings.run.seed)
         if settings.training.checkpoint_activations == "full":
-            model.activation_checkpointing_enable()  # type: ignore[no-untyped-call]
+            model.activation_checkpointing_enable()
         base_model_digest = base_digest(base, lambda: poll("model")) if base else None
     digests = {**data.digests, "model.path": base_model_digest}
     if settings.weighting.critic.value == value_name(settings.run.name):
