@@ -132,7 +132,7 @@ def test_a_split_is_the_same_from_the_cache(tiny_settings, tmp_path):
         return load_split(settings, dataset_folder(settings), "train", tokenizer, lambda: None)
 
     first, second = split(), split()
-    assert plain(first.samples) == plain(second.samples)
+    assert plain(Tokens(first.samples, first.difficulties)) == plain(Tokens(second.samples, second.difficulties))
     assert first.sampler.rows(0) == second.sampler.rows(0)
     assert len(list(tokens_dir(tmp_path).iterdir())) == 1
     split("data.solutions=all")

@@ -98,7 +98,7 @@ def test_values_are_learned(objective, rate, loss, two_stages, tmp_path):
         assert summary.validation["pairwise_accuracy"] == 1
         assert metrics(tmp_path)[-1]["pairwise_accuracy"] == 1
     assert set(summary.files) == {"report", "metrics", "log", "final model", "best model", "checkpoints"}
-    assert (RunPaths(tmp_path, "tiny-value").report.stat().st_size > 0) == (objective == "pairwise")
+    assert (RunPaths(tmp_path, "tiny-value").record.report.stat().st_size > 0) == (objective == "pairwise")
     best = torch.load(RunPaths(tmp_path, "tiny-value").best, weights_only=True)
     assert best["validation"]["value_loss"] == min(line["value_loss"] for line in metrics(tmp_path, kind="validation"))
 
@@ -141,7 +141,7 @@ def test_a_value_model_is_evaluated_like_a_policy(straight, plain_data, tiny_set
     chosen = [*tiny_settings, *CRITIC, *VERIFIABLE, f"data.dataset={plain_data}"]
     settings = load(overrides=chosen, options={"run.workdir": str(workdir), "run.name": "tiny-value"}, environ={})
     found = evaluate_run(settings, "final", StopRequest())
-    assert found.items() >= metrics(workdir, kind="validation")[-1].items() - {("kind", "validation")}
+    assert {"kind": "validation", **found} | metrics(workdir, kind="validation")[-1] == {"kind": "validation", **found}
 
 
 def test_a_reward_model_is_judged_where_labels_are(two_stages, tmp_path, caplog):

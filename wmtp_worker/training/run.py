@@ -39,6 +39,7 @@ from wmtp_worker.training.loop import train
 from wmtp_worker.training.report import note_settings, write_report
 from wmtp_worker.training.session import Session
 from wmtp_worker.training.setup import build_session, restore
+from wmtp_worker.training.splits import order
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ def _is_finished(settings: Settings, stop: StopRequest, console: Console) -> boo
         bucket.fetch_final()
         made_with = read_facts(paths.final).get("identity", {})
         # what else is in there are digests, which the second stage compares with its own
-        finished = all(made_with.get(key) == value for key, value in settings.identity().items())
+        finished = all(made_with.get(key) == value for key, value in (settings.identity() | order(settings)).items())
         if finished:
             log.info("the value model is trained: %s", paths.final)
         return finished
