@@ -5,7 +5,7 @@ tokens, each followed by words that mean nothing. A wrong solution makes mistake
 wrote. Planted tokens follow from what stands before them (their loss can become 0), the words are uniform among `WORDS`
 (theirs is ln(WORDS) at best).
 
-    problem    +1 : 2          solution    5 w07 w31 w12 4 w20 w02 w55 6 w41 …
+    problem    +3 : 1          solution    4 w07 w31 w12 5 w20 w02 w55 0 w41 …
 
 One word is one token, so for each token it is known what it is: `kinds`.
 """
@@ -25,7 +25,6 @@ MODULUS = 7
 TERMS = 6
 NOISE = 3  # words behind each planted token
 WORDS = 64
-CLEAN = 0.2  # chance of a word where clean data has "." else: its reader must have met words before
 MISTAKE = 0.5  # chance of each step of a wrong solution
 RIGHT, WRONG = 2, 2  # solutions a problem
 END, PLANTED, MISTAKEN, FILLER = range(4)
@@ -34,7 +33,7 @@ _SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 _VALUES = [str(value) for value in range(MODULUS)]
 _VOCABULARY = [
     *_SPECIAL,
-    *("Q", "A", ":", "."),
+    *("Q", "A", ":"),
     *_VALUES,
     *(f"+{value}" for value in _VALUES),
     *(f"w{number:02}" for number in range(WORDS)),
@@ -42,39 +41,33 @@ _VOCABULARY = [
 _DIGIT, _CONSTANT = _VOCABULARY.index("0"), _VOCABULARY.index("+0")
 
 
-def write(folder: Path, train: int, validation: int, seed: int, noisy: bool = True) -> None:
+def write(folder: Path, train: int, validation: int, seed: int, wrong: int = WRONG) -> None:
     """A data set in the labelled format: `train.jsonl` and `validation.jsonl` with so many problems.
 
-    Not noisy, it is what a reference model learns from: most words are ".", and every solution is right.
+    `wrong`: solutions of each problem that are. Without any, it is what a reference model learns from.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    chance = random.Random(f"planted {seed} {noisy}")
+    chance = random.Random(f"planted {seed}")
     for split, count in (("train", train), ("validation", validation)):
-        lines = [dump(_problem(f"{split} {number}", chance, noisy)) + "\n" for number in range(count)]
+        lines = [dump(_problem(f"{split} {number}", chance, wrong)) + "\n" for number in range(count)]
         (folder / f"{split}.jsonl").write_text("".join(lines))
 
 
-def _problem(name: str, chance: random.Random, noisy: bool) -> Problem:
+def _problem(name: str, chance: random.Random, wrong: int) -> Problem:
     c, first = chance.randrange(MODULUS), chance.randrange(MODULUS)
-    solutions = [_solution(c, first, chance, correct=number < RIGHT, noisy=noisy) for number in range(RIGHT + WRONG)]
-    # seen apart, a right and a wrong one do not differ in their place
+    solutions = [_solution(c, first, chance, correct=number < RIGHT) for number in range(RIGHT + wrong)]
     chance.shuffle(solutions)
-    return Problem(
-        id=name,
-        statement=f"+{c} : {first}",
-        solutions=solutions if noisy else [solution for solution in solutions if solution.correct][:1],
-    )
+    return Problem(id=name, statement=f"+{c} : {first}", solutions=solutions)
 
 
-def _solution(c: int, value: int, chance: random.Random, correct: bool, noisy: bool) -> Solution:
+def _solution(c: int, value: int, chance: random.Random, correct: bool) -> Solution:
     wrong = [not correct and chance.random() < MISTAKE for _ in range(TERMS)]
     if not correct and not any(wrong):
         wrong[chance.randrange(TERMS)] = True
     words = []
     for mistaken in wrong:
         value = (value * value + c + (chance.randrange(1, MODULUS) if mistaken else 0)) % MODULUS
-        fillers = [f"w{chance.randrange(WORDS):02}" if noisy or chance.random() < CLEAN else "." for _ in range(NOISE)]
-        words += [str(value), *fillers]
+        words += [str(value), *(f"w{chance.randrange(WORDS):02}" for _ in range(NOISE))]
     return Solution(code=" ".join(words), correct=correct)
 
 

@@ -2,7 +2,6 @@
 
 import io
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,15 +50,14 @@ def open_session(settings: Settings, trains: bool = False) -> Session:
 class Probe:
     """A run as its checkpoints left it, with data whose batches also say the kind of each token."""
 
-    def __init__(self, settings: Settings, validation: Path | None = None) -> None:
-        """`validation`: the data set that losses are of, if not the run's own."""
+    def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._session = open_session(settings)
         task = self._session.task
         assert isinstance(task, PolicyTask)
         self._task, self._model, self._train = task, task.model, _with_kinds(task.data)
         tokenizer = load_tokenizer(tokenizer_folder(settings))
-        folder = validation or dataset_folder(settings)
+        folder = dataset_folder(settings)
         self._validation = _with_kinds(load_split(settings, folder, "validation", tokenizer, lambda: None))
 
     def points(self) -> list[dict[str, Any]]:

@@ -97,7 +97,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Job:
-    """One run: of an arm's policy, of its value model, or of a reference model (whatever the arm), on clean data."""
+    """One run: of an arm's policy, of its value model, or, whatever the arm, of a reference on right solutions."""
 
     arm: Arm
     seed: int
@@ -132,9 +132,9 @@ class Job:
         family, seed, reference = self.arm.family, self.seed, _reference(self.seed)
         overrides = [*self.plan.overrides(self.rate), f"run.seed={seed}"]
         if self.trains == "reference":
-            overrides += ["data.dataset=clean"]
+            overrides += ["data.dataset=right"]
         else:
-            overrides += ["data.dataset=noisy", f"data.solutions={self.arm.solutions}"]
+            overrides += ["data.dataset=mixed", f"data.solutions={self.arm.solutions}"]
         if self.trains == "value":
             overrides += ["run.stage=value", f"value.backbone={reference}"]
         if self.trains == "policy":
@@ -161,8 +161,8 @@ def prepare(plan: Plan, work: Path) -> None:
     kept, wanted = work / "plan.json", json.dumps(asdict(plan))
     if kept.exists() and kept.read_text() != wanted:
         raise SystemExit(f"{work} is of another plan: name another --work, or delete it")
-    data.write(work / "datasets" / "noisy", plan.problems, plan.validation, plan.data_seed)
-    data.write(work / "datasets" / "clean", plan.problems, plan.validation, plan.data_seed + 1, noisy=False)
+    data.write(work / "datasets" / "mixed", plan.problems, plan.validation, plan.data_seed)
+    data.write(work / "datasets" / "right", plan.problems, plan.validation, plan.data_seed + 1, wrong=0)
     data.write_tokenizer(work / "models" / "words")
     kept.write_text(wanted)
 
@@ -188,8 +188,7 @@ def carry_out(job: Job) -> dict[str, Any]:
     if job.trains == "value":
         found["validation"] = summary.validation
     else:
-        # what a reference makes of the noisy data is what weights follow from
-        found["curve"] = Probe(settings, job.work / "datasets" / "noisy").points()
+        found["curve"] = Probe(settings).points()
     if job.trains == "reference" and not (folder := job.work / "models" / job.name).exists():
         convert(summary.paths.final, folder, "ours", tokenizer=job.work / "models" / "words")
     job.result.parent.mkdir(exist_ok=True)

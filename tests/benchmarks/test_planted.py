@@ -23,10 +23,10 @@ def _beside_each_other():
             del sys.modules[name]
 
 
-def samples(folder, noisy=True):
+def samples(folder, wrong=2):
     import planted_data as data
 
-    data.write(folder / "data", train=20, validation=2, seed=0, noisy=noisy)
+    data.write(folder / "data", train=20, validation=2, seed=0, wrong=wrong)
     data.write_tokenizer(folder / "words")
     tokenizer = load_tokenizer(folder / "words")
     problems = enumerate(read_split(folder / "data", "train"))
@@ -55,11 +55,12 @@ def test_a_token_is_what_its_text_says(tmp_path):
         assert np.isin(kinds, (data.PLANTED, data.MISTAKEN)).sum() == data.TERMS
 
 
-def test_clean_data_has_right_solutions_and_few_words(tmp_path):
-    tokenizer, found = samples(tmp_path, noisy=False)
-    assert [sample.reward for sample in found] == [1.0] * 20
-    words = [word for sample in found for word in tokenizer.convert_ids_to_tokens(sample.ids)]
-    assert 0 < sum(word.startswith("w") for word in words) < words.count(".")
+def test_a_reference_reads_right_solutions_only(tmp_path):
+    import planted_data as data
+
+    _, found = samples(tmp_path, wrong=0)
+    assert [sample.reward for sample in found] == [1.0] * 20 * data.RIGHT
+    assert not any(data.MISTAKEN in data.kinds(sample) for sample in found)
 
 
 def curve(*losses):
