@@ -124,7 +124,10 @@ def run_record() -> Callable[..., dict[str, Any]]:
         from wmtp_worker.tracking.metrics import read
 
         paths = RunPaths(workdir, run)
-        timeless = [{key: value for key, value in line.items() if key != "seconds"} for line in read(paths.metrics)]
+        timeless = [
+            {key: value for key, value in line.items() if key not in ("seconds", "time")}
+            for line in read(paths.metrics)
+        ]
         last = max(paths.checkpoints.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
         progress = json.loads((last / "state.json").read_text())["progress"]
         files = (last / "model.safetensors", last / "optimizer.safetensors", paths.final, paths.best)

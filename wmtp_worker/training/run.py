@@ -23,9 +23,11 @@ from wmtp_worker.settings import Settings
 from wmtp_worker.storage.layout import RunPaths, step_name
 from wmtp_worker.storage.runlock import run_lock
 from wmtp_worker.tracking.console import LogFile, logging_to_console
+from wmtp_worker.tracking.facts import describe
 from wmtp_worker.tracking.heartbeat import Heartbeat
 from wmtp_worker.tracking.metrics import MetricsLog
 from wmtp_worker.tracking.report import draw
+from wmtp_worker.tracking.session import Tracking
 from wmtp_worker.training.bucket import RunBucket
 from wmtp_worker.training.loop import train
 from wmtp_worker.training.session import Session
@@ -124,7 +126,10 @@ def _run(session: Session, ledger: Ledger, console: Console, started: float) -> 
         restore(session)
         ledger.phases.done("restore")
         first = session.progress.step
-        with MetricsLog(paths.metrics, session.progress.metrics_size) as metrics:
+        with (
+            MetricsLog(paths.metrics, session.progress.metrics_size) as metrics,
+            _tracking(session) as session.tracking,
+        ):
             with session.open(metrics, ledger) as saving:
                 _train_or_save(session, ledger, console)
                 saving.finish()
@@ -141,6 +146,19 @@ def _run(session: Session, ledger: Ledger, console: Console, started: float) -> 
         how: How = "notice" if isinstance(error, Interrupted) else "failed"
         ledger.end(how, session.progress.step, detail=redact(str(error)))
         raise
+
+
+def _tracking(session: Session) -> Tracking:
+    """Not before the metrics are cut back to the checkpoint: what is read from them is what counts."""
+    settings = session.settings
+    return Tracking(
+        settings.tracking,
+        session.paths,
+        describe(settings, session.identity, session.device.type, session.bucket.url),
+        start=session.progress.step,
+        resume=settings.run.resume,
+        seconds_left=lambda: session.stop.seconds_left,
+    )
 
 
 def _export(session: Session) -> None:

@@ -29,6 +29,7 @@ from wmtp_worker.settings import Settings
 from wmtp_worker.storage.layout import RunPaths
 from wmtp_worker.tracking.heartbeat import Heartbeat
 from wmtp_worker.tracking.metrics import MetricsLog
+from wmtp_worker.tracking.session import Tracking
 from wmtp_worker.training.bucket import RunBucket
 from wmtp_worker.training.saving import Saving
 from wmtp_worker.training.weights import Weighter
@@ -98,6 +99,7 @@ class Session:
     bucket: RunBucket
     progress: Progress = field(default_factory=Progress)
     resumed_from: int | None = None
+    tracking: Tracking | None = None
     metrics: MetricsLog = field(init=False)
     saving: Saving = field(init=False)
 
@@ -170,7 +172,7 @@ class Session:
                 STATE: asdict(State(self.progress, self.threads, self.device.type, self.weighter.memory.averages)),
                 **self._documents,
             },
-            facts=self._facts,
+            facts={**self._facts, "tracking_run_id": self.tracking.run_id if self.tracking else None},
             frozen=frozen,
         )
 
