@@ -139,8 +139,8 @@ class TrackingServer:
                     process.wait()
 
 
-@pytest.fixture(scope="session")
-def tracking_server() -> Iterator[TrackingServer]:
+@contextlib.contextmanager
+def running() -> Iterator[TrackingServer]:
     """MLflow with PostgreSQL and a folder for artifacts, behind nginx with Basic Auth."""
     if not PROGRAM.exists():
         pytest.skip(f"there is no {PROGRAM}: scripts/test.sh installs it")

@@ -13,6 +13,7 @@ from wmtp_worker.cli.evaluate import evaluate
 from wmtp_worker.cli.models import app as models_app
 from wmtp_worker.cli.settings import app as settings_app
 from wmtp_worker.cli.sync import app as sync_app
+from wmtp_worker.cli.tracking import app as tracking_app
 from wmtp_worker.cli.train import train
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app.add_typer(assets_app, name="assets")
 app.add_typer(models_app, name="models")
 app.add_typer(data_app, name="data")
 app.add_typer(sync_app, name="sync")
+app.add_typer(tracking_app, name="tracking")
 app.command()(doctor)
 app.add_typer(settings_app, name="settings")
 
@@ -63,6 +65,8 @@ def wmtp(
     wmtp data label mbpp.jsonl pairs        [dim]which solutions are right, by running them[/dim]
 
     wmtp sync pull s3://bucket/logs logs    [dim]copy what differs, either way[/dim]
+
+    wmtp tracking check                     [dim]is the MLflow server fit? open: runs without one[/dim]
 
     wmtp settings show --preset production  [dim]every setting and its source[/dim]
 

@@ -11,11 +11,13 @@ a word to the server. Where the input ends without that, the worker was killed, 
 It prints lines `level<TAB>message` for the worker to log, and `sent<TAB>` when everything has arrived.
 """
 
+import contextlib
 import fcntl
 import json
 import os
 import queue
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -25,6 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
+import wmtp_worker
 from wmtp_worker.errors import RunHeldError
 from wmtp_worker.redact import redact
 from wmtp_worker.storage.layout import RunPaths
@@ -50,9 +53,34 @@ class Order:
     run: str
     process: str  # who owns the run from now on
     best_model: str = "link"
+    viewer: bool = False  # the server is one that somebody started to look at the run, and not the run's own
 
     def line(self) -> bytes:
         return (json.dumps(asdict(self)) + "\n").encode()
+
+    @staticmethod
+    def end(status: Status | None, seconds: float) -> bytes:
+        """What the sender is told at last; None: nothing about how it ended."""
+        return (json.dumps({"end": status, "seconds": seconds}) + "\n").encode()
+
+
+def start(order: Order) -> "subprocess.Popen[bytes]":
+    """The sender's process, told what to send. Raises `OSError`."""
+    package = Path(wmtp_worker.__file__).parent.parent
+    path = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH")]))
+    process = subprocess.Popen(
+        # -P: a folder `mlflow` where the worker was started is not the package
+        [sys.executable, "-P", "-m", "wmtp_worker.tracking.sender"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "PYTHONPATH": path},
+        start_new_session=True,  # Ctrl-C is the worker's
+    )
+    assert process.stdin is not None
+    process.stdin.write(order.line())
+    process.stdin.flush()
+    return process
 
 
 class Tail:
@@ -157,7 +185,7 @@ class Sender:
         run_id = known.get("run_id") if known.get("key") == record.key else None
         server = ServerRun(make_client(order.uri), record, order.process, run_id)
         server.open()
-        if run_id != server.run_id:
+        if run_id != server.run_id and not order.viewer:
             facts = {"key": record.key, "run_id": server.run_id, "experiment_id": server.experiment_id}
             write_server(path, order.uri, facts)
             say("info", f"MLflow run {server.run_id} of {record.experiment} at {order.uri}")
@@ -240,7 +268,8 @@ def main() -> int:
         inbox.put(None)
 
     threading.Thread(target=read, name="orders", daemon=True).start()
-    with _lock(RunPaths(Path(order.workdir), order.run).tracking_lock):
+    lock = RunPaths(Path(order.workdir), order.run).tracking_lock
+    with contextlib.nullcontext() if order.viewer else _lock(lock):
         done = Sender(order, inbox).work()
     if done:
         say("sent", "")

@@ -126,7 +126,9 @@ class ServerRun:
         self._client.log_dict(self.run_id, dict(document), path)
 
     def end(self, status: Status, when: float) -> None:
-        """`when` is Unix time."""
+        """`when` is Unix time. A run that is only looked at may still be running."""
+        if status == "RUNNING":
+            return
         self._client.set_terminated(self.run_id, status=status, end_time=math.floor(when * 1000))
 
     # --- found or made ---------------------------------------------------------------------------------------

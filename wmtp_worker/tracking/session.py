@@ -1,26 +1,21 @@
 """The tracking of one process of a run: its record in the work directory, and the sender beside it."""
 
-import json
 import logging
 import os
 import secrets
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
-import wmtp_worker
 from wmtp_worker.errors import Interrupted, NotSafeError, RunHeldError, WorkerError
-from wmtp_worker.redact import redact
 from wmtp_worker.settings.schema import TrackingSettings
 from wmtp_worker.storage.layout import RunPaths
 from wmtp_worker.tracking.record import RunRecord, Status, read_servers
-from wmtp_worker.tracking.sender import Order
+from wmtp_worker.tracking.sender import Order, start
 from wmtp_worker.tracking.system import SystemSampler
 
 log = logging.getLogger(__name__)
@@ -109,7 +104,7 @@ class Tracking:
         process = f"{socket.gethostname()}/{os.getpid()}/{secrets.token_hex(4)}"
         order = Order(uri, str(self._paths.workdir), self._paths.run, process, self._settings.best_model)
         try:
-            self._process = start_sender(order)
+            self._process = start(order)
         except OSError as error:
             log.warning("nothing is sent to the MLflow server: its sender does not start: %s", error)
             return
@@ -118,15 +113,16 @@ class Tracking:
         self._reader.start()
 
     def _relay(self, stream: IO[bytes]) -> None:
-        """Log what the sender says."""
-        for line in stream:
-            level, tab, message = line.decode(errors="replace").rstrip("\n").partition("\t")
-            if tab and level == "sent":
-                self._arrived = True
-            elif tab and level in ("debug", "info", "warning"):
-                log.log(logging.getLevelNamesMapping()[level.upper()], "%s", message)
-            else:
-                log.debug("sender: %s", redact(line.decode(errors="replace").rstrip()))
+        """Log what the sender says, until it has ended."""
+        with stream:
+            for line in stream:
+                level, tab, message = line.decode(errors="replace").rstrip("\n").partition("\t")
+                if tab and level == "sent":
+                    self._arrived = True
+                elif tab and level in ("debug", "info", "warning"):
+                    log.log(logging.getLevelNamesMapping()[level.upper()], "%s", message)
+                else:
+                    log.debug("sender: %s", line.decode(errors="replace").rstrip())
 
     def _end(self, status: Status | None, seconds: float) -> None:
         process = self._process
@@ -134,7 +130,7 @@ class Tracking:
             return
         assert process.stdin is not None
         try:
-            process.stdin.write((json.dumps({"end": status, "seconds": seconds}) + "\n").encode())
+            process.stdin.write(Order.end(status, seconds))
             process.stdin.close()
         except OSError:
             pass  # it has died
@@ -151,22 +147,3 @@ class Tracking:
                 self._settings.uri,
                 self._paths.run,
             )
-
-
-def start_sender(order: Order) -> "subprocess.Popen[bytes]":
-    """The sender's process, told what to send. Raises `OSError`."""
-    package = Path(wmtp_worker.__file__).parent.parent
-    path = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH")]))
-    process = subprocess.Popen(
-        # -P: a folder `mlflow` where the worker was started is not the package
-        [sys.executable, "-P", "-m", "wmtp_worker.tracking.sender"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, "PYTHONPATH": path},
-        start_new_session=True,  # Ctrl-C is the worker's
-    )
-    assert process.stdin is not None
-    process.stdin.write(order.line())
-    process.stdin.flush()
-    return process
