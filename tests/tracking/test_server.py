@@ -114,15 +114,20 @@ def test_one_run_across_a_kill_another_machine_and_a_stop(logged_in, tmp_path):
     assert server.metrics(run)["loss"] == list(range(1, 41))  # what the killed one had written, too
 
     # the disk is gone, and nothing had been saved: it begins anew, as the same run
-    with pytest.raises(Interrupted), working(second, server.uri, home=home) as metrics:
-        for number in range(1, 51):
-            step(metrics, number)
-            if number == 45:
-                size = metrics.size
-        raise Interrupted("stopped")
+    sizes = {}
+
+    def until_stopped():
+        with working(second, server.uri, home=home) as metrics:
+            for number in range(1, 51):
+                step(metrics, number)
+                sizes[number] = metrics.size
+            raise Interrupted("stopped")
+
+    with pytest.raises(Interrupted):
+        until_stopped()
     assert run_id(second, server.uri) == run
     assert status(server, run) == "KILLED"
-    with working(second, server.uri, home=home, at=size, start=45) as metrics:
+    with working(second, server.uri, home=home, at=sizes[45], start=45) as metrics:
         for number in range(46, 61):
             step(metrics, number)
     assert server.metrics(run)["loss"] == list(range(1, 61))
@@ -135,9 +140,14 @@ def test_what_a_server_that_is_away_did_not_get_is_pushed_later(logged_in, tmp_p
 
     paths, server = RunPaths(tmp_path, "run"), logged_in
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "a-wrong-password")
-    with pytest.raises(ValueError, match="boom"), working(paths, server.uri, close_seconds=5) as metrics:
-        step(metrics, 1)
-        raise ValueError("boom")
+
+    def until_it_fails():
+        with working(paths, server.uri, close_seconds=5) as metrics:
+            step(metrics, 1)
+            raise ValueError("boom")
+
+    with pytest.raises(ValueError, match="boom"):
+        until_it_fails()
     assert "wmtp tracking push run" in caplog.text
     assert "a-wrong-password" not in caplog.text
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", server.environ["MLFLOW_TRACKING_PASSWORD"])

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -50,6 +51,10 @@ def server(program: list[str], folder: Path, port: int, check: Callable[[], None
     Raises `TransientError` where it does not start. `check` is polled meanwhile and may raise.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if port == 0:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
     command = [*program, "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += [
