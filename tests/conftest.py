@@ -62,7 +62,7 @@ def _heed_signals():
 def _clean_environment(monkeypatch):
     """No setting of the person who runs the tests reaches the code under test."""
     for name in list(os.environ):
-        if name.startswith(("WMTP_", "CLOUD_")) and name not in FOR_THE_TESTS:
+        if name.startswith(("WMTP_", "CLOUD_", "MLFLOW_")) and name not in FOR_THE_TESTS:
             monkeypatch.delenv(name)
 
 

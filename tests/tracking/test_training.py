@@ -59,7 +59,7 @@ def test_a_run_that_was_stopped_is_one_run_with_all_of_it(tiny_run, logged_in, t
     params = dict(server.query(f"select key, value from params where run_uuid = '{run}'"))
     assert params["training.max_steps"] == "12"
     assert len(params["data.dataset.sha256"]) == 64
-    name = "select name from experiments join runs using (experiment_id) where run_uuid"
+    name = "select experiments.name from experiments join runs using (experiment_id) where run_uuid"
     assert server.query(f"{name} = '{run}'") == [["tests/baseline"]]
 
     [folder] = server.folder.glob(f"artifacts/*/{run}/artifacts")

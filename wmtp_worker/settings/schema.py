@@ -277,6 +277,7 @@ class CheckpointSettings(Section):
 class LoggingSettings(Section):
     level: Literal["debug", "info", "warning", "error"] = Field(description="least important messages shown")
     every: Positive = Field(description="steps between lines of progress")
+    format: Literal["text", "json"] = Field(description="lines of the log for people, or one JSON object each")
 
 
 class TrackingSettings(Section):

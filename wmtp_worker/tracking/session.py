@@ -67,7 +67,7 @@ class Tracking:
         return self._run_id
 
     def __enter__(self) -> Self:
-        self._write("RUNNING")
+        self.mark("RUNNING")
         self._sampler.start()
         if self._settings.uri is not None:
             self._start(self._settings.uri)
@@ -85,11 +85,12 @@ class Tracking:
             status = "KILLED"
         elif error is not None and not isinstance(error, NotSafeError):
             status = "FAILED"
-        self._write(status)
+        self.mark(status)
         left = self._seconds_left()
         self._end(status, min(self._settings.close_seconds, self._settings.close_seconds if left is None else left))
 
-    def _write(self, status: Status) -> None:
+    def mark(self, status: Status) -> None:
+        """Write into the record how the run ends, or that it runs: before the bucket gets it for the last time."""
         self.record = self.record.model_copy(
             update={"status": status, "ended": None if status == "RUNNING" else time.time()}
         )

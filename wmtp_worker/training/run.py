@@ -82,7 +82,7 @@ def run(settings: Settings, stop: StopRequest, console: Console) -> Summary:
     prepare(paths.workdir)
     with (
         run_lock(paths.lock),
-        logging_to_console(settings.logging.level, console),
+        logging_to_console(settings.logging.level, console, settings.logging.format),
         Watchdog(settings.host.hang_seconds, log_file=paths.training_log) as watchdog,
         NoticeWatcher(settings.host.notices, stop),
     ):
@@ -90,7 +90,7 @@ def run(settings: Settings, stop: StopRequest, console: Console) -> Summary:
         before = read_heartbeat(paths.heartbeat)
         heartbeat = Heartbeat(paths.heartbeat, paths.run, watchdog.beat)
         with (
-            LogFile(paths.training_log) as file,
+            LogFile(paths.training_log, settings.logging.format) as file,
             RunBucket(settings, paths, stop.check, lambda: heartbeat.beat("bucket")) as bucket,
         ):
             for name in swept:
@@ -138,6 +138,7 @@ def _run(session: Session, ledger: Ledger, console: Console, started: float) -> 
                 _export(session)
             _draw(paths)
             ledger.end("finished", session.progress.step)
+            session.tracking.mark("FINISHED")
             _publish(session)
             heartbeat.beat("done", step=session.progress.step)
         log.info("%s", summarise(ledger.events).sentence())
@@ -208,6 +209,7 @@ def _train_or_save(session: Session, ledger: Ledger, console: Console) -> None:
     except Interrupted as interruption:
         progress, stop = session.progress, session.stop
         ledger.end("notice", progress.step, detail=stop.reason or "")
+        session.tracking.mark("KILLED")
         try:
             session.saving.emergency(session.snapshot, progress.step, progress.saved_at, stop)
         except DiskFullError as error:

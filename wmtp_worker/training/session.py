@@ -99,9 +99,9 @@ class Session:
     bucket: RunBucket
     progress: Progress = field(default_factory=Progress)
     resumed_from: int | None = None
-    tracking: Tracking | None = None
     metrics: MetricsLog = field(init=False)
     saving: Saving = field(init=False)
+    tracking: Tracking = field(init=False)
 
     def open(self, metrics: MetricsLog, ledger: Ledger) -> Saving:
         """What the loop needs beyond a restored session: where its numbers go, and how it is saved."""
@@ -172,7 +172,7 @@ class Session:
                 STATE: asdict(State(self.progress, self.threads, self.device.type, self.weighter.memory.averages)),
                 **self._documents,
             },
-            facts={**self._facts, "tracking_run_id": self.tracking.run_id if self.tracking else None},
+            facts={**self._facts, "tracking_run_id": self.tracking.run_id},
             frozen=frozen,
         )
 
