@@ -21,6 +21,7 @@ from wmtp_worker.tracking.system import SystemSampler
 log = logging.getLogger(__name__)
 
 _KILL_SECONDS = 5.0
+_STOP_SECONDS = 5.0  # where nobody said how long a stopped process may live: docker's ten are usual
 
 
 class Tracking:
@@ -86,8 +87,11 @@ class Tracking:
         elif error is not None and not isinstance(error, NotSafeError):
             status = "FAILED"
         self.mark(status)
-        left = self._seconds_left()
-        self._end(status, min(self._settings.close_seconds, self._settings.close_seconds if left is None else left))
+        limits = [self._settings.close_seconds]
+        if status == "KILLED":
+            left = self._seconds_left()
+            limits.append(_STOP_SECONDS if left is None else left)
+        self._end(status, min(limits))
 
     def mark(self, status: Status) -> None:
         """Write into the record how the run ends, or that it runs: before the bucket gets it for the last time."""
@@ -136,7 +140,7 @@ class Tracking:
         except OSError:
             pass  # it has died
         try:
-            process.wait(seconds + _KILL_SECONDS)
+            process.wait(seconds + min(_KILL_SECONDS, max(1.0, seconds)))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

@@ -179,7 +179,7 @@ class Session:
     @cached_property
     def _documents(self) -> dict[str, Any]:
         """What never changes in a run: built once, because a save stops the training for as long."""
-        shown = {key: redact(value) if isinstance(value, str) else value for key, value in self.settings.flat().items()}
+        shown = {key: _shown(value) for key, value in self.settings.flat().items()}
         return {SETTINGS: {"identity": self.identity, "resolved": shown}, CONFIG: self.model.config.to_dict()}
 
     @cached_property
@@ -282,6 +282,13 @@ class Session:
             self.saving.export(self.paths.best, progress.step, tensors(self.model), facts)
         else:
             save_weights(self.paths.final, tensors(self.model), facts)
+
+
+def _shown(value: Any) -> Any:
+    """A setting's value without secrets."""
+    if isinstance(value, list):
+        return [_shown(item) for item in value]
+    return redact(value) if isinstance(value, str) else value
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
