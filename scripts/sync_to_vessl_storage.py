@@ -5,8 +5,9 @@
     python scripts/sync_to_vessl_storage.py work/models s3://wmtp/models --run-id ID   tags a run that is there
 
 The target is a bucket's URL (s3, gs, az) or a mounted folder; only what differs is sent. With MLFLOW_TRACKING_URI the
-copy is a run of the experiment <prefix>/storage_sync, with what was sent as metrics: tagged storage_sync=True when all of
-it is there and has the same SHA-256, FAILED otherwise. Exit codes are those of wmtp; a dry run sends and tells nothing.
+copy is a run of the experiment <prefix>/storage_sync, with what was sent as metrics: tagged storage_sync=True when all
+of it is there and has the same SHA-256, FAILED otherwise. Exit codes are those of wmtp; a dry run sends and tells
+nothing.
 """
 
 import argparse

@@ -89,7 +89,8 @@ def _origin() -> dict[str, str]:
     found = {}
     if digest := os.environ.get("WMTP_IMAGE_DIGEST"):
         found["image"] = digest
-    if commit := os.environ.get("WMTP_GIT_COMMIT") or _commit(Path(wmtp_worker.__file__).parents[1]):
+    told = os.environ.get("WMTP_GIT_COMMIT", "").replace("unknown", "")  # what an image is built without
+    if commit := told or _commit(Path(wmtp_worker.__file__).parents[1]):
         found["mlflow.source.git.commit"] = found["git_commit"] = commit
     return found
 
