@@ -17,6 +17,9 @@ from wmtp_worker.tracking.metrics import MetricsLog
 from wmtp_worker.tracking.record import RunRecord, read_servers
 from wmtp_worker.tracking.session import Tracking
 
+# one server for all of them
+pytestmark = pytest.mark.xdist_group("mlflow")
+
 # a worker that logs forty steps and then hangs until it is killed
 KILLED = """
 import sys, time

@@ -5,6 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+# one server for all of them
+pytestmark = pytest.mark.xdist_group("mlflow")
+
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "sync_to_vessl_storage.py"
 
 

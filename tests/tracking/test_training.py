@@ -16,6 +16,9 @@ from wmtp_worker.errors import Interrupted
 from wmtp_worker.storage.layout import RunPaths
 from wmtp_worker.tracking.metrics import read
 
+# one server for all of them
+pytestmark = pytest.mark.xdist_group("mlflow")
+
 PLANTED = {
     "AWS_SECRET_ACCESS_KEY": "planted-secret-of-aws",
     "AZURE_STORAGE_KEY": "planted-secret-of-azure",
