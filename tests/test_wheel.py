@@ -34,4 +34,4 @@ def test_an_installed_wheel_trains(tmp_path, tiny_settings):
     settings = [part for setting in tiny_settings for part in ("--set", setting)]
     output = python("-m", "wmtp_worker", "train", "--preset", "smoke", *settings)
     assert "baseline-smoke: step 12" in output
-    assert (elsewhere / "work" / "logs" / "baseline-smoke" / "report.png").is_file()
+    assert (elsewhere / "work" / "logs" / "baseline-smoke" / "report.html").is_file()

@@ -60,14 +60,14 @@ def test_version(wmtp):
 def test_help_names_every_command_and_imports_nothing_heavy(wmtp):
     code = (
         "import sys; from wmtp_worker.cli import main; code = main(['--help']);"
-        "heavy = {'torch', 'transformers', 'numpy', 'pydantic', 'matplotlib', 'yaml', 'sqlite3', 'huggingface_hub'};"
+        "heavy = {'torch', 'transformers', 'numpy', 'pydantic', 'jinja2', 'yaml', 'sqlite3', 'huggingface_hub'};"
         "heavy &= set(sys.modules);"
         "print('heavy:', heavy or None); sys.exit(code)"
     )
     done = wmtp(python=("-c", code))
     assert done.returncode == 0
     assert "heavy: None" in done.stdout
-    for command in ("train", "evaluate", "checkpoints", "assets", "sync", "doctor", "settings"):
+    for command in ("train", "evaluate", "report", "checkpoints", "assets", "sync", "doctor", "settings"):
         assert f" {command} " in done.stdout
 
 

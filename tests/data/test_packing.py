@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wmtp_worker.data.packing import IGNORE, Batch, collate, pack
+from wmtp_worker.data.packing import IGNORE, WINDOW, Batch, collate, pack
 from wmtp_worker.data.tokenizer import Sample
 
 CAPACITY = 20
@@ -38,43 +38,39 @@ def test_every_sample_exactly_once_and_no_row_overfull(case):
 def test_packing_is_a_function_of_its_arguments(case):
     lengths, order = case
     before = (list(lengths), list(order))
-    assert pack(order, lengths, CAPACITY) == pack(iter(order), tuple(lengths), CAPACITY)
+    assert pack(order, lengths, CAPACITY) == pack(tuple(order), tuple(lengths), CAPACITY)
     assert (lengths, list(order)) == before
 
 
 @given(orders)
-def test_never_more_rows_than_first_fit_promises(case):
-    """With at most 64 rows open, no two rows can both be at most half full; and never more than a row each."""
+def test_never_more_rows_than_best_fit_promises(case):
+    """No two rows of a window can both be at most half full: one's samples would have fitted into the other."""
     lengths, order = case
     rows = pack(order, lengths, CAPACITY)
-    assert len(rows) <= len(lengths)
-    assume(len(rows) <= 64)
     half_empty = [row for row in rows if 2 * sum(lengths[index] for index in row) <= CAPACITY]
     assert len(half_empty) <= 1
 
 
-def test_first_fit_by_hand():
-    # 6 opens a row (room 4), 5 another (5), 4 fills the first, 3 the second (2), 3 opens a third, 2 fills the second
+def test_best_fit_decreasing_by_hand():
+    # 6, then 5 in a row of its own, 4 into the fuller one that has room, 3 and 2 beside 5, the other 3 alone
     assert pack(range(6), [6, 5, 4, 3, 3, 2], 10) == [[0, 2], [1, 3, 5], [4]]
+    # 7 and 6; 3 goes where it fits exactly, though the first row was there first
+    assert pack(range(4), [6, 7, 3, 4], 10) == [[0, 3], [1, 2]]
 
 
-def test_order_decides_not_the_index():
-    assert pack([2, 0, 1], [6, 5, 4], 10) == [[2, 0], [1]]
+def test_rows_come_in_the_order_of_their_longest_samples():
+    assert pack([2, 0, 1], [9, 8, 7], 10) == [[2], [0], [1]]
+
+
+def test_windows_are_packed_one_after_the_other():
+    lengths = [6] * WINDOW + [4] * WINDOW
+    rows = pack(range(2 * WINDOW), lengths, 10)
+    assert rows[:WINDOW] == [[index] for index in range(WINDOW)]
+    assert len(rows) == WINDOW + WINDOW // 2
 
 
 def test_nothing_to_pack():
     assert pack([], [], CAPACITY) == []
-
-
-def test_beyond_64_open_rows_the_fullest_is_closed():
-    """A row with room 1 and 64 with room 2 make 65: the first is closed, the others still take samples."""
-    lengths = [9] + [8] * 64 + [1] + [2] * 64
-    rows = pack(range(len(lengths)), lengths, 10)
-    assert sorted(flat(rows)) == list(range(len(lengths)))
-    assert rows[0] == [0]  # the sample of length 1 would have fitted
-    assert rows[1] == [1, 65]
-    assert rows[2:65] == [[row, row + 64] for row in range(2, 65)]
-    assert rows[65:] == [[129]]  # no 2 left but in the row that holds the 1
 
 
 @settings(max_examples=25)

@@ -42,7 +42,7 @@ class Worker:
         lines: Path | None = None,
     ) -> None:
         """The rest is for a forked process: `strike` is a signal that it sends itself at some line, `change` is called
-        first, and `lines` becomes a file with the number of lines that it ran, by phase. A forked one draws no picture.
+        first, and `lines` becomes a file with the number of lines that it ran, by phase. A forked one makes no report.
         """
         arguments = ["train", "--run-name", "tiny", *(part for setting in settings for part in ("--set", setting))]
         environment = {**os.environ, **variables, "WMTP_WORKDIR": str(workdir)}
@@ -105,8 +105,8 @@ def _run(
     with output.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    # drawing takes longer than all the rest
-    run.draw = lambda metrics, picture, title: picture.touch()
+    # a report takes longer than all the rest
+    run.write_report = lambda records, path: path.touch()
     if change is not None:
         change()
     # before this, which is the first thing that the command does, signals end any Python

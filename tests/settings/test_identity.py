@@ -7,6 +7,7 @@ import pytest
 
 from wmtp_worker.settings import load
 from wmtp_worker.settings.schema import MODEL_SHAPE
+from wmtp_worker.settings.stages import policy_run, value_run
 
 
 def settings(*overrides, **arguments):
@@ -20,6 +21,8 @@ def settings(*overrides, **arguments):
         "training.lr=1e-5",
         "training.max_steps=99",
         "training.early_stopping.patience=3",
+        "training.label_smoothing=0.1",
+        "training.z_loss=1e-4",
         "model.layers=5",
         "model.heads=2",
         "data.sequence_length=64",
@@ -46,6 +49,7 @@ def test_what_changes_the_numbers_changes_the_digest(override):
         "model.tokenizer=/somewhere",
         "data.dataset=/somewhere",
         "data.format=mbpp",
+        "training.checkpoint_activations=full",
         "lora.alpha=3",
         "weighting.control=shuffled",
         "weighting.max=3",
@@ -95,6 +99,66 @@ def test_a_family_reads_its_own_settings(family, overrides):
         assert settings(*chosen, override).digest() != digest, override
     for override in ("weighting.critic.beta=2", "weighting.grpo.clip=2", "weighting.reference=/other"):
         assert settings(*chosen, override).digest() == digest, override
+
+
+def values(*overrides):
+    return value_run(settings("run.stage=value", *overrides))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *(
+            "run.seed=1",
+            "value.objective=lambda_return",
+            "value.hidden=8",
+            "value.trunk_head=true",
+            "value.lora_rank=2",
+        ),
+        *("value.max_steps=99", "value.lr=1e-5", "value.micro_batch_size=3", "value.evaluation_every=7"),
+        *("value.patience=9", "data.pairs.per_problem=2", "data.pairs.length_share=0.5", "training.weight_decay=0.2"),
+        *("model.layers=5", "data.sequence_length=64", "evaluation.max_batches=3"),
+    ],
+)
+def test_what_changes_the_values_numbers(override):
+    assert values(override).digest() != values().digest()
+    # the policy's follow from the value model's weights, which are compared themselves
+    chosen = ("weighting.family=critic", "weighting.critic.value=/v")
+    same = settings(*chosen, override).digest() == settings(*chosen).digest()
+    assert same == override.startswith(("value.", "data.pairs."))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("data.solutions=all", "weighting.family=gradient", "lora.rank=2", "weighting.critic.gamma=0.5"),
+        *("weighting.critic.beta=2", "run.name=other", "checkpoint.every=3"),
+    ],
+)
+def test_what_does_not_change_the_values_numbers(override):
+    assert values(override).digest() == values().digest()
+
+
+def test_values_read_further_settings_where_they_need_them():
+    def differ(*chosen):
+        return values(*chosen).digest() != values(*chosen[:-1]).digest()
+
+    assert differ("value.objective=lambda_return", "weighting.critic.gamma=0.5")
+    assert differ("value.lora_rank=2", "lora.alpha=3")
+    assert not differ("value.backbone=/m", "model.layers=5")
+
+
+def test_a_value_run_follows_the_training_where_nothing_else_is_said():
+    chosen = settings("weighting.family=critic", "training.max_steps=100", "training.warmup_steps=10", "run.resume=70")
+    own = value_run(chosen)
+    assert (own.run.name, own.run.stage, own.run.resume) == ("baseline-local-light-value", "value", "auto")
+    assert own.training.model_dump(exclude={"early_stopping"}) == chosen.training.model_dump(exclude={"early_stopping"})
+    assert policy_run(chosen).weighting.critic.value == own.run.name
+    half = value_run(
+        settings("weighting.family=critic", "value.max_steps=50", "training.warmup_steps=20", "value.lr=1")
+    )
+    assert (half.training.max_steps, half.training.warmup_steps, half.training.lr) == (50, 5, 1.0)
+    assert policy_run(settings()) == settings()
 
 
 def test_the_resolved_settings_are_json():

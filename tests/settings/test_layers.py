@@ -73,8 +73,6 @@ def test_every_setting_has_a_default_and_every_value_a_source():
 
 # what a recipe cannot know
 NEEDED = {
-    "critic": ["weighting.critic.value=/value"],
-    "verifiable": ["weighting.critic.value=/value"],
     "rho1_weighted": ["weighting.reference=/model"],
     "rho1_tokenskip": ["weighting.reference=/model"],
 }

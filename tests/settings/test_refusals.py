@@ -157,6 +157,24 @@ def test_one_wrong_value(override, line):
             ["weighting.family=critic", "weighting.critic.value=/v", "weighting.critic.rewards=reward_model"],
             "weighting.critic.rewards=reward_model needs a reward model",
         ),
+        (
+            ["weighting.family=critic", "value.trunk_head=true", "value.backbone=/m"],
+            "value.trunk_head is a head on the policy, value.backbone another model",
+        ),
+        (
+            ["run.stage=value", "value.trunk_head=true", "value.lora_rank=2"],
+            "value.trunk_head trains nothing of the trunk, value.lora_rank adapters on it",
+        ),
+        (
+            ["run.stage=value", "value.patience=2", "evaluation.every=0"],
+            "value.patience counts validations, but there is only one, at the end",
+        ),
+        (["weighting.family=critic", f"run.name={'x' * 95}"], "-value', which is no name for a run"),
+        (
+            ["run.stage=value", "value.max_steps=9", "run.resume=10"],
+            "run.resume=10 is beyond the value model's 9 steps",
+        ),
+        (["data.pairs.difficulty_bins=[[9, 7, 1]]"], "is not [low, high, weight]"),
         (["run.resume=201"], "run.resume=201 must not be greater than training.max_steps=200"),
     ],
 )
@@ -173,6 +191,10 @@ def test_values_that_contradict_each_other(overrides, line):
         ["model.path=/m", "data.sequence_length=4096"],
         ["model.path=/m", "model.heads=2"],
         ["run.resume=200"],
+        ["run.stage=value", "value.max_steps=300", "run.resume=300"],
+        ["weighting.family=critic", "run.name=" + "x" * 94],
+        ["weighting.family=critic", "weighting.critic.value=/v", "run.name=" + "x" * 100],
+        ["weighting.family=critic", "evaluation.every=0"],
         ["weighting.min=2", "weighting.max=2"],
         ["weighting.normalise=mean1_clip", "weighting.min=1", "weighting.max=1"],
         ["weighting.grpo.kl=0.1"],  # of a family that is not chosen

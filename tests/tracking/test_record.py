@@ -5,7 +5,7 @@ import pytest
 from wmtp_worker.settings import load
 from wmtp_worker.tracking.artifacts import folder_of
 from wmtp_worker.tracking.facts import describe
-from wmtp_worker.tracking.record import RunRecord, read_servers, write_server
+from wmtp_worker.tracking.record import TrackedRun, read_servers, write_server
 from wmtp_worker.tracking.rows import Row, rows_of
 
 
@@ -38,8 +38,8 @@ def test_names(line, keys):
     assert [row.key for row in rows_of(line)] == keys
 
 
-def record(**changes) -> RunRecord:
-    return RunRecord(run="r", experiment="e", settings_digest="d").model_copy(update=changes)
+def record(**changes) -> TrackedRun:
+    return TrackedRun(run="r", experiment="e", settings_digest="d").model_copy(update=changes)
 
 
 @pytest.mark.parametrize(
@@ -68,9 +68,9 @@ def test_which_run_goes_on(earlier, start, resume, same):
 def test_a_record_survives_its_file(tmp_path):
     one = record(tags={"a": "b"})
     one.write(tmp_path / "run.json")
-    assert RunRecord.load(tmp_path / "run.json") == one
+    assert TrackedRun.load(tmp_path / "run.json") == one
     (tmp_path / "run.json").write_text("{")
-    assert RunRecord.load(tmp_path / "run.json") is None
+    assert TrackedRun.load(tmp_path / "run.json") is None
     write_server(tmp_path / "servers.json", "http://a", {"run_id": "1"})
     write_server(tmp_path / "servers.json", "http://b", {"run_id": "2"})
     assert read_servers(tmp_path / "servers.json") == {"http://a": {"run_id": "1"}, "http://b": {"run_id": "2"}}

@@ -14,7 +14,7 @@ from wmtp_worker.errors import Interrupted
 from wmtp_worker.settings import load
 from wmtp_worker.storage.layout import RunPaths
 from wmtp_worker.tracking.metrics import MetricsLog
-from wmtp_worker.tracking.record import RunRecord, read_servers
+from wmtp_worker.tracking.record import TrackedRun, read_servers
 from wmtp_worker.tracking.session import Tracking
 
 # one server for all of them
@@ -39,7 +39,7 @@ with working(RunPaths(Path(folder), "run"), uri, home=home) as metrics:
 def working(paths, uri, *, at=0, start=0, home=None, **settings):
     """What a run does around its training: yields the metrics; those behind byte `at` are dropped."""
     chosen = load(overrides=[f"tracking.uri={uri}", "tracking.system_seconds=0"], environ={}).tracking
-    record = RunRecord(run=paths.run, experiment="tests", settings_digest="d", home=home, params={"lr": "0.1"})
+    record = TrackedRun(run=paths.run, experiment="tests", settings_digest="d", home=home, params={"lr": "0.1"})
     paths.checkpoints.mkdir(parents=True, exist_ok=True)
     chosen = chosen.model_copy(update=settings)
     with MetricsLog(paths.metrics, at) as metrics, Tracking(chosen, paths, record, start=start):

@@ -67,7 +67,7 @@ def test_a_run_that_was_stopped_is_one_run_with_all_of_it(tiny_run, logged_in, t
 
     [folder] = server.folder.glob(f"artifacts/*/{run}/artifacts")
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    assert {"logs/training.log", "reports/report.png", "predictions/predictions.jsonl"} <= files
+    assert {"logs/training.log", "predictions/predictions.jsonl"} <= files
     assert {"checkpoints/checkpoints.json", "checkpoints/best_model.pt"} <= files
     assert json.loads((folder / "checkpoints/checkpoints.json").read_text())["steps"][-1] == "step_12"
     assert not paths.best.exists()

@@ -9,6 +9,7 @@ import torch
 from wmtp_worker.data.packing import IGNORE, Batch
 from wmtp_worker.settings import load
 from wmtp_worker.training.families import Memory, after_the_policy, before_the_policy
+from wmtp_worker.training.linear_cross_entropy import LinearCrossEntropy
 from wmtp_worker.training.loss import Head, mtp_labels
 from wmtp_worker.weighting import critic
 from wmtp_worker.weighting.statistics import Moments, MovingAverage, whiten
@@ -30,16 +31,17 @@ def make_batch(**columns):
     return Batch(TOKENS, labels, torch.zeros_like(TOKENS), SEGMENTS, columns)
 
 
-def make_head(batch, number, losses=None, logits=None):
+def make_head(batch, number, losses=None, logits=None, unembedding=None):
     targets = mtp_labels(batch.labels, batch.segment_ids, number)[..., -1]
     logits = torch.zeros(*targets.shape, 9) if logits is None else logits
-    losses = torch.zeros(targets.shape) if losses is None else losses
-    return Head(number, batch, targets, logits, losses.where(targets != IGNORE, 0))
+    tokens = LinearCrossEntropy(logits, torch.eye(9) if unembedding is None else unembedding, targets).tokens()
+    if losses is not None:
+        tokens = dataclasses.replace(tokens, cross_entropy=losses.where(targets != IGNORE, 0))
+    return Head(number, batch, targets, lambda: tokens)
 
 
-def raw(weighting, head, memory=None, unembedding=None):
-    unembedding = torch.eye(9) if unembedding is None else unembedding
-    return after_the_policy(weighting, head, unembedding, memory or Memory(0.9, 0))[0, :, 0].tolist()
+def raw(weighting, head, memory=None):
+    return after_the_policy(weighting, head, memory or Memory(0.9, 0))[0, :, 0].tolist()
 
 
 def tokens(*values):
@@ -75,11 +77,12 @@ def test_gradient_by_hand():
 
 
 def test_gradient_of_hidden_states_knows_the_unembedding():
-    batch, head = make_batch(), make_head(make_batch(), 1)
+    batch = make_batch()
     # token 1 is unembedded along a far longer vector than the others
     unembedding = torch.eye(9)
     unembedding[1, 1] = 10
-    found = raw(settings("gradient", "gradient.of=hidden", "gradient.outlier=100"), head, unembedding=unembedding)
+    head = make_head(batch, 1, unembedding=unembedding)
+    found = raw(settings("gradient", "gradient.of=hidden", "gradient.outlier=100"), head)
     assert found[0] > 3 * found[1]
     assert found[1] == pytest.approx(found[2])
     assert raw(settings("gradient"), make_head(batch, 1))[0] == pytest.approx(1.0)

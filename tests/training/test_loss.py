@@ -1,8 +1,8 @@
 """The sequential-head loss against plain formulas: labels, values, gradients, memory."""
 
+import dataclasses
 import math
 import re
-import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,12 +10,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig
 
 from wmtp_worker.data.packing import IGNORE, Batch, collate
 from wmtp_worker.data.tokenizer import Sample
 from wmtp_worker.model.mtp import MTPForCausalLM, packed_attention_mask
-from wmtp_worker.training.loss import head_losses_backward, mtp_labels
+from wmtp_worker.settings import load
+from wmtp_worker.training.linear_cross_entropy import CHUNK, LossForm, TokenLosses
+from wmtp_worker.training.loss import Head, head_losses_backward, mtp_labels
+from wmtp_worker.training.weights import Weighter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -152,21 +157,21 @@ def test_loss_by_hand():
     weights = torch.zeros(1, ROW, 2)
     weights[0, 1:4, 0] = torch.tensor([1.0, 0.5, 0.0])
     weights[0, 0:3, 1] = torch.tensor([2.0, 2.0, 5.0])
-    logits = []
-    handle = model.lm_head.register_forward_hook(
-        lambda module, args, output: output.retain_grad() or logits.append(output)
-    )
+    hidden = []
+    handle = model.model.norm.register_forward_hook(lambda module, args, output: hidden.append(output.detach()[0]))
     losses = backward(model, [[sample(5, 2)]], weights)
     handle.remove()
     assert losses.tolist() == pytest.approx([math.log(64) * 1.5 / 3, math.log(64) * 9 / 3], rel=1e-6)
     assert losses.tolist() == pytest.approx([2.0794415, 12.4766491], rel=1e-6)
     labels = sample(5, 2).ids.tolist()
+    by_unembedding = torch.zeros(VOCABULARY, 32)
     for head, positions in ((1, {1: 1.0, 2: 0.5, 3: 0.0}), (2, {0: 2.0, 1: 2.0, 2: 5.0})):
         expected = torch.zeros(ROW, VOCABULARY)
         for position, weight in positions.items():
             expected[position] = weight / (2 * 3) / 64
             expected[position, labels[position + head]] -= weight / (2 * 3)
-        torch.testing.assert_close(logits[head - 1].grad[0], expected, rtol=1e-5, atol=1e-8)
+        by_unembedding += expected.T @ hidden[head - 1]
+    torch.testing.assert_close(model.lm_head.weight.grad, by_unembedding, rtol=1e-5, atol=1e-8)
 
 
 def test_losses_equal_a_sum_in_plain_python():
@@ -213,10 +218,11 @@ def test_weights_are_asked_for_head_by_head_with_what_the_head_made(precision):
         seen.append(head.number)
         assert head.batch is batch
         assert head.targets.equal(targets[..., head.number - 1])
-        assert not any((head.logits.requires_grad, head.losses.requires_grad, torch.is_grad_enabled()))
-        expected = torch.nn.functional.cross_entropy(
-            head.logits.flatten(0, 1).float(), head.targets.flatten(), reduction="none"
-        )
+        assert not any((head.losses.requires_grad, torch.is_grad_enabled()))
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            trunk = model.trunk(batch.input_ids, batch.position_ids, packed_attention_mask(batch.segment_ids))
+            logits = model.head_logits(head.number, trunk).float()
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), head.targets.flatten(), reduction="none")
         torch.testing.assert_close(head.losses.flatten(), expected)
         assert (head.losses @ head.losses.T).dtype == torch.float32  # no autocast here
         return torch.ones_like(head.losses)
@@ -253,7 +259,6 @@ def test_gradients_equal_those_of_the_formula_written_down_whole(kind, heads, ti
     losses = backward(one, four_rows(), weights)
     torch.testing.assert_close(losses, expected_losses.float(), rtol=1e-5, atol=1e-6)
     expected = gradients(other)
-    # the cross-entropy itself is computed in fp32 either way
     rtol, scale = (1e-5, 1e-6) if dtype == torch.float64 else (1e-3, 1e-5)
     for name, gradient in gradients(one).items():
         assert gradient.dtype == dtype
@@ -328,33 +333,105 @@ def test_bf16_is_close_and_leaves_weights_and_gradients_in_fp32(tied):
         assert float(gradient.norm() / whole[name].norm()) == pytest.approx(1, abs=0.1), name
 
 
-def test_only_one_heads_logits_exist_at_a_time():
-    """What autograd keeps of one head's vocabulary-wide tensors is gone before the next head starts."""
-    model = make_model(4)
-    kept: weakref.WeakSet[Kept] = weakref.WeakSet()
-    alive_at_start, alive = [], []
-
-    def keep(tensor: torch.Tensor) -> Kept:
-        saved = Kept(tensor)
-        if tensor.numel() == 4 * ROW * VOCABULARY:
-            kept.add(saved)
-            alive.append(len(kept))
-        return saved
-
-    handle = model.lm_head.register_forward_pre_hook(lambda *_: alive_at_start.append(len(kept)))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved.tensor):
-        backward(model, four_rows())
-    handle.remove()
-    assert alive_at_start == [0, 0, 0, 0]
-    assert len(alive) >= 4
-    assert max(alive) == len(alive) / 4
+def test_logits_never_exist_as_a_whole():
+    """Twice as many tokens as are looked at together."""
+    model = make_model(2)
+    rows = [[sample(40, 0, start)] for start in range(2 * CHUNK // 39 + 1)]
+    batch = collate(rows, 40, pad_id=0)
+    targets = mtp_labels(batch.labels, batch.segment_ids, 2)
+    with Logits() as logits:
+        head_losses_backward(model, batch, targets, lambda head: head.losses, counts_of(targets), "fp32")
+    assert max(logits.tokens) == CHUNK
+    assert len(rows) * 39 > 2 * CHUNK
 
 
-class Kept:
-    """A tensor that autograd saved for the backward pass."""
+class Logits(TorchDispatchMode):
+    """How many rows as long as the vocabulary each operation makes."""
 
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        self.tokens += [leaf.numel() // VOCABULARY for leaf in made if leaf.shape[-1:] == (VOCABULARY,)]
+        return out
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_checkpointed_activations_change_no_bit(precision):
+    one, other, calls = make_model(3), make_model(3), []
+    other.activation_checkpointing_enable()
+    other.train()
+    for layer in (other.model.layers[0], other.extra_heads[1]):
+        layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    assert backward(one, four_rows(), precision=precision).equal(backward(other, four_rows(), precision=precision))
+    expected = gradients(one)
+    assert all(gradient.equal(expected[name]) for name, gradient in gradients(other).items())
+    assert len(calls) == 4  # each of the two ran again
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [
+        ("rho1_weighted", ()),
+        ("rho1_tokenskip", ("rho1.share=0.4",)),
+        ("gradient", ("gradient.of=logits",)),
+        ("gradient", ("gradient.of=hidden",)),
+        ("grpo", ("grpo.kl=0.5",)),
+    ],
+)
+def test_families_that_look_at_losses_train_by_weights_from_whole_logits(family, overrides, tied):
+    batch = collate(four_rows(), ROW, pad_id=0)
+    generator = torch.Generator().manual_seed(7)
+    names = ("reference_loss", "advantage")
+    columns = {name: torch.rand(batch.labels.shape, generator=generator) * 5 for name in names}
+    batch = dataclasses.replace(batch, columns=columns)
+    chosen = ("weighting.reference=/m", "data.solutions=all", *(f"weighting.{text}" for text in overrides))
+    weighting = load(overrides=[f"weighting.family={family}", *chosen], environ={}).weighting
+    one, other = make_model(2, tied, torch.float64), make_model(2, tied, torch.float64)
+    targets = mtp_labels(batch.labels, batch.segment_ids, 2)
+
+    [weigh] = Weighter(weighting, 1).begin(0, [batch], [targets])
+    found = head_losses_backward(one, batch, targets, weigh, counts_of(targets), "fp32")
+
+    [weigh] = Weighter(weighting, 1).begin(0, [batch], [targets])
+    weights = torch.stack([weigh(look_at_whole_logits(other, batch, targets, number)) for number in (1, 2)], -1)
+    assert float(weights[targets != IGNORE].std()) > 0.001
+    torch.testing.assert_close(found[0], stacked(other, batch, weights).float(), rtol=1e-5, atol=1e-6)
+    expected = gradients(other)
+    for name, gradient in gradients(one).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6 * float(expected[name].abs().max()))
+
+
+def look_at_whole_logits(model: MTPForCausalLM, batch: Batch, targets: torch.Tensor, number: int) -> Head:
+    targets = targets[..., number - 1]
+    with torch.no_grad():
+        trunk = model.trunk(batch.input_ids, batch.position_ids, packed_attention_mask(batch.segment_ids))
+        logits = model.head_logits(number, trunk)
+    labels = torch.nn.functional.one_hot(targets.clamp(min=0), VOCABULARY)
+    by_logits = (logits.softmax(-1) - labels) * (targets != IGNORE)[..., None]
+    tokens = TokenLosses(
+        -(logits.log_softmax(-1) * labels * (targets != IGNORE)[..., None]).sum(-1),
+        by_logits.norm(dim=-1),
+        (by_logits @ model.lm_head.weight.detach()).norm(dim=-1),
+    )
+    return Head(number, batch, targets, lambda: tokens)
+
+
+def test_smoothing_and_z_loss_are_trained_on_and_not_told_of():
+    one, other = make_model(2), make_model(2)
+    batch = collate(four_rows(), ROW, pad_id=0)
+    targets = mtp_labels(batch.labels, batch.segment_ids, 2)
+    plain = backward(one, four_rows())
+    losses = head_losses_backward(
+        other, batch, targets, lambda head: (head.targets >= 0).float(), counts_of(targets), "fp32", LossForm(0.1, 0.01)
+    )
+    assert (losses[0] > plain).all()
+    torch.testing.assert_close(losses[1], plain)
+    assert not gradients(one)["lm_head.weight"].allclose(gradients(other)["lm_head.weight"], rtol=0.01)
 
 
 def test_trunk_runs_once():

@@ -29,11 +29,11 @@ def kept_aside(paths):
 
 
 def test_a_run_leaves_everything_a_person_looks_for(tiny_run, tmp_path, paths):
-    summary = tiny_run(tmp_path, picture=True)
+    summary = tiny_run(tmp_path, report=True)
     assert (summary.step, summary.steps_taken, summary.resumed_from) == (12, 12, None)
     assert steps(paths) == [9, 12]  # keep_last=2
-    assert set(summary.files) == {"picture", "metrics", "log", "final model", "best model", "checkpoints"}
-    assert paths.report.read_bytes().startswith(b"\x89PNG")
+    assert set(summary.files) == {"report", "metrics", "log", "final model", "best model", "checkpoints"}
+    assert "Finished after 12 steps" in paths.record.report.read_text()
     final = torch.load(paths.final, weights_only=True)
     best = torch.load(paths.best, weights_only=True)
     assert final["step"] == 12
@@ -134,7 +134,7 @@ def test_when_none_verifies_the_run_starts_anew_and_keeps_the_old(tiny_run, run_
     assert run_record(tmp_path) == expected
     assert "no checkpoint of run 'tiny' verifies" in paths.training_log.read_text()
     kept = {path.name for path in paths.checkpoints.glob("set-aside-*/*")}
-    assert kept == {"step_9", "step_12", "best_model.pt", "final.pt", "metrics.jsonl", "report.png"}
+    assert kept == {"step_9", "step_12", "best_model.pt", "final.pt", "metrics.jsonl", "weights.jsonl", "report.html"}
 
 
 def test_a_newer_format_is_never_passed_over(tiny_run, tmp_path, paths):
@@ -152,7 +152,7 @@ def test_never_sets_the_old_run_aside(tiny_run, run_record, tmp_path, paths):
     assert tiny_run(tmp_path, resume="never").steps_taken == 12
     assert run_record(tmp_path) == expected
     kept = {path.name for path in paths.checkpoints.glob("set-aside-*/*")}
-    assert kept == {"step_9", "step_12", "best_model.pt", "final.pt", "metrics.jsonl", "report.png"}
+    assert kept == {"step_9", "step_12", "best_model.pt", "final.pt", "metrics.jsonl", "weights.jsonl", "report.html"}
 
 
 def test_a_wanted_step_goes_back_to_it(tiny_run, tmp_path, paths):

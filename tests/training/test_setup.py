@@ -8,7 +8,7 @@ from wmtp_worker.data.tokenizer import load_tokenizer
 from wmtp_worker.errors import InputError, Interrupted
 from wmtp_worker.settings import load
 from wmtp_worker.training.session import _is_finite
-from wmtp_worker.training.setup import load_split
+from wmtp_worker.training.splits import load_split
 
 
 def test_tokenizing_heeds_a_stop(tiny_settings, tmp_path):

@@ -1,11 +1,14 @@
 """A step's weights: normalised, controlled, reproducible, and told of."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from wmtp_worker.data.packing import IGNORE, Batch
 from wmtp_worker.errors import InputError
 from wmtp_worker.settings import load
+from wmtp_worker.training.linear_cross_entropy import LinearCrossEntropy
 from wmtp_worker.training.loss import Head, mtp_labels
 from wmtp_worker.training.weights import Weighter
 
@@ -17,7 +20,7 @@ BY_HEAD = ("rho1_weighted", "rho1_tokenskip", "gradient")
 def weighter(family, *overrides, seed=1):
     chosen = (f"weighting.family={family}", "weighting.reference=/m", "weighting.critic.value=/v", "data.solutions=all")
     settings = load(overrides=[*chosen, *(f"weighting.{text}" for text in overrides)], environ={})
-    return Weighter(settings.weighting, seed, lambda: torch.eye(9))
+    return Weighter(settings.weighting, seed)
 
 
 def make_batch(rows=ROWS):
@@ -48,10 +51,7 @@ def heads_of(batch):
     logits = torch.randn(HEADS, TIME, 9, generator=generator)[:, None] * batch.input_ids[..., None]
     for number in range(1, HEADS + 1):
         targets = targets_of(batch)[..., number - 1]
-        losses = (
-            logits[number - 1].logsumexp(-1) - logits[number - 1].gather(-1, targets.clamp(min=0)[..., None])[..., 0]
-        )
-        yield Head(number, batch, targets, logits[number - 1], losses.where(targets != IGNORE, 0))
+        yield Head(number, batch, targets, LinearCrossEntropy(logits[number - 1], torch.eye(9), targets).tokens)
 
 
 def weigh(made, batches, step=0):
@@ -172,7 +172,9 @@ def test_a_policy_that_has_diverged_is_left_to_the_loop(family):
     batch = make_batch()
     (asked,) = weighter(family).begin(0, [batch], [targets_of(batch)])
     head = next(heads_of(batch))
-    head.losses[0, 2] = float("nan")
+    tokens = head.look()
+    tokens.cross_entropy[0, 2] = float("nan")
+    head = dataclasses.replace(head, look=lambda: tokens)
     assert asked(head).equal(torch.ones(ROWS, TIME))
 
 

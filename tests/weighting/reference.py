@@ -18,6 +18,25 @@ def gae(errors, gamma, lam):
     return [sum((gamma * lam) ** (j - i) * errors[j] for j in range(i, len(errors))) for i in range(len(errors))]
 
 
+def lambda_returns(values, rewards, gamma, lam):
+    """Of one sequence: the forward view, eq. 12.3, as a weighted sum of n-step returns; the end is after token `last`.
+
+    The state after the last token has its reward.
+    """
+    last = len(values) - 1
+
+    def n_steps(t, n):
+        seen = sum(gamma ** (k - 1) * rewards[t + k] for k in range(1, n + 1))
+        return seen + (gamma**n * values[t + n] if t + n < last else 0.0)
+
+    out = []
+    for t in range(last):
+        steps = last - t
+        weighted = sum((1 - lam) * lam ** (n - 1) * n_steps(t, n) for n in range(1, steps))
+        out.append(weighted + lam ** (steps - 1) * n_steps(t, steps))
+    return [*out, rewards[last]]
+
+
 def softmax(scores):
     top = max(scores)
     powers = [math.exp(score - top) for score in scores]

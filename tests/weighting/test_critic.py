@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tests.weighting.reference import exp_clipped, gae, softmax, td_errors
+from tests.weighting.reference import exp_clipped, gae, lambda_returns, softmax, td_errors
 from wmtp_worker.weighting import critic
 from wmtp_worker.weighting.spans import ahead
 
@@ -48,10 +48,24 @@ def test_against_the_slow_reference(batch, gamma, lam):
                 start = t + 1
     errors = critic.td_errors(values, rewards, segments, gamma)
     advantages = critic.gae(errors, segments, gamma, lam)
+    returns = critic.lambda_returns(values, rewards, segments, gamma, lam)
     for row, start, end in spans:
+        forward = lambda_returns(values[row, start:end].tolist(), rewards[row, start:end].tolist(), gamma, lam)
+        assert returns[row, start:end].tolist() == pytest.approx(forward, abs=1e-4)
         expected = td_errors(values[row, start:end].tolist(), rewards[row, start:end].tolist(), gamma)
         assert errors[row, start:end].tolist() == pytest.approx(expected, abs=1e-5)
         assert advantages[row, start:end].tolist() == pytest.approx(gae(expected, gamma, lam), abs=1e-4)
+
+
+def test_lambda_returns_by_hand():
+    # γ = 0.9, λ = 0.5, V = 0.2, 0.5, 0.7, reward 1: G_1 = 1, G_0 = 0.9·(0.5·0.5 + 0.5·G_1), and the end has the reward
+    found = critic.lambda_returns(rows(0.2, 0.5, 0.7), rows(0.0, 0.0, 1.0), rows(1, 1, 1), gamma=0.9, lam=0.5)
+    assert found.flatten().tolist() == pytest.approx([0.675, 1.0, 1.0])
+    # λ = 0: one step ahead; λ = 1: the discounted reward, whatever the values are
+    one_step = critic.lambda_returns(rows(0.2, 0.5, 0.7), rows(0.0, 0.0, 1.0), rows(1, 1, 1), gamma=0.9, lam=0.0)
+    assert one_step.flatten().tolist() == pytest.approx([0.45, 1.0, 1.0])
+    whole = critic.lambda_returns(rows(0.2, 0.5, 0.7), rows(0.0, 0.0, 1.0), rows(1, 1, 1), gamma=0.9, lam=1.0)
+    assert whole.flatten().tolist() == pytest.approx([0.9, 1.0, 1.0])
 
 
 def test_weights_by_hand():

@@ -105,9 +105,11 @@ def _assets(settings: Settings) -> Iterator[Asset]:
     model, tokenizer, dataset = settings.model.path, settings.model.tokenizer, settings.data.dataset
     weighting = settings.weighting
     models = {"model.path": model}
-    if weighting.needs_reference:
+    if settings.run.stage == "value":
+        models["value.backbone"] = settings.value.backbone
+    elif weighting.needs_reference:
         models["weighting.reference"] = weighting.reference
-    if weighting.needs_reward_model:
+    elif weighting.needs_reward_model:
         models["weighting.critic.reward_model"] = weighting.critic.reward_model
     by_name = {name: key for key, name in reversed(models.items()) if name is not None}  # one fetch of each
     for name, key in by_name.items():

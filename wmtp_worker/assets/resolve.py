@@ -2,15 +2,17 @@
 
 import hashlib
 import os
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
 from wmtp_worker.data.files import sha256
 from wmtp_worker.data.formats import Format, files_of
+from wmtp_worker.data.problems import Split
 from wmtp_worker.data.tokenizer import PACKAGED as PACKAGED_TOKENIZER
 from wmtp_worker.errors import InputError
 from wmtp_worker.settings import Settings
-from wmtp_worker.settings.schema import RUN_NAME
+from wmtp_worker.settings.kinds import RUN_NAME
 from wmtp_worker.storage.layout import AssetKind, RunPaths, asset_dir, asset_name
 
 SAMPLE_DATASET = "sample"
@@ -41,6 +43,13 @@ def reward_folder(settings: Settings) -> Path | None:
     weighting = settings.weighting
     wanted = weighting.critic.reward_model if weighting.needs_reward_model else None
     return _model(settings, "weighting.critic.reward_model", wanted)
+
+
+def backbone_folder(settings: Settings) -> Path | None:
+    """What the value model begins as: `value.backbone`, else the policy's own; None where that is built."""
+    if settings.value.backbone is None:
+        return model_folder(settings)
+    return _model(settings, "value.backbone", settings.value.backbone)
 
 
 def value_weights(settings: Settings) -> Path | None:
@@ -89,10 +98,12 @@ def candidates(workdir: Path, wanted: str, kind: AssetKind, alone: str = "") -> 
     return list(dict.fromkeys(paths))
 
 
-def dataset_digest(folder: Path, format: Format | None = None) -> str:
-    """SHA-256 (hex) over the files that training and validation are read from; `format` None: found out."""
+def dataset_digest(
+    folder: Path, format: Format | None = None, splits: Sequence[Split] = ("train", "validation")
+) -> str:
+    """SHA-256 (hex) over the files that these splits are read from; `format` None: found out."""
     total = hashlib.sha256()
-    for path in files_of(folder, ("train", "validation"), format):
+    for path in files_of(folder, splits, format):
         total.update(bytes.fromhex(sha256(path)))
     return total.hexdigest()
 

@@ -53,12 +53,19 @@ def load_weights(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path.name} does not load: {error}", where=str(path), fix="use another one") from None
 
 
+def read_facts(path: Path) -> dict[str, Any]:
+    """What `save_weights` wrote beside the weights, without reading them; nothing where there is no such file."""
+    try:
+        content = _checked(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        return {key: value for key, value in content.items() if key != "model"}
+    except Exception:  # as above
+        return {}
+
+
 def step_of(path: Path) -> int | None:
     """The step whose weights `save_weights` wrote there, without reading them; None where there is no such file."""
-    try:
-        return int(_checked(torch.load(path, map_location="cpu", weights_only=True, mmap=True))["step"])
-    except Exception:  # as above
-        return None
+    step = read_facts(path).get("step")
+    return step if isinstance(step, int) else None
 
 
 def _checked(content: Any) -> dict[str, Any]:

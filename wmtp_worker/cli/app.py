@@ -11,6 +11,8 @@ from wmtp_worker.cli.data import app as data_app
 from wmtp_worker.cli.doctor import doctor
 from wmtp_worker.cli.evaluate import evaluate
 from wmtp_worker.cli.models import app as models_app
+from wmtp_worker.cli.plan import plan
+from wmtp_worker.cli.report import report
 from wmtp_worker.cli.settings import app as settings_app
 from wmtp_worker.cli.sync import app as sync_app
 from wmtp_worker.cli.tracking import app as tracking_app
@@ -25,7 +27,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(train)
+app.command()(plan)
 app.command()(evaluate)
+app.command()(report)
 app.add_typer(checkpoints_app, name="checkpoints")
 app.add_typer(assets_app, name="assets")
 app.add_typer(models_app, name="models")
@@ -52,9 +56,13 @@ def wmtp(
 
     wmtp doctor                             [dim]is this machine fit to train?[/dim]
 
+    wmtp plan --preset smoke                [dim]what will a run need and cost?[/dim]
+
     wmtp train --preset smoke               [dim]a whole run in under a minute[/dim]
 
     wmtp train --preset smoke               [dim]again: goes on where it was stopped[/dim]
+
+    wmtp report baseline-smoke              [dim]a page about it; several runs: compared[/dim]
 
     wmtp checkpoints ls baseline-smoke      [dim]what is saved of it[/dim]
 

@@ -1,6 +1,7 @@
 """`wmtp evaluate`: validation numbers of a trained run."""
 
 import json
+from dataclasses import fields
 from typing import Annotated
 
 import typer
@@ -40,6 +41,12 @@ def evaluate(
         typer.echo(redact(json.dumps(result)))
         return
     typer.echo(f"weights  {result['weights']} of {run}, step {result['step']}")
+    if "value_loss" in result:
+        from wmtp_worker.training.values import ValueReport
+
+        typer.echo(redact(f"data     {result['dataset']}: {result['samples']} samples, {result['pairs']} pairs"))
+        typer.echo(str(ValueReport(**{field.name: result[field.name] for field in fields(ValueReport)})))
+        return
     typer.echo(redact(f"data     {result['dataset']}: {result['samples']} samples, {result['tokens']:,} tokens"))
     typer.echo(f"loss     {result['loss']:.4f}, perplexity of head 1 {result['perplexity']:.2f}")
     for head, (loss, share) in enumerate(zip(result["head_loss"], result["head_accuracy"], strict=True), start=1):

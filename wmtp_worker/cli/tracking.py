@@ -59,12 +59,12 @@ def push(
     from wmtp_worker.settings import load
     from wmtp_worker.storage.layout import RunPaths
     from wmtp_worker.storage.runlock import run_lock
-    from wmtp_worker.tracking.record import RunRecord
+    from wmtp_worker.tracking.record import TrackedRun
     from wmtp_worker.tracking.viewer import push as send
 
     settings = load(overrides=set_ or (), options={"run.name": run})
     uri, paths = _uri(settings), RunPaths(settings.run.workdir, run)
-    if RunRecord.load(paths.tracking_record) is None:
+    if TrackedRun.load(paths.tracking_record) is None:
         raise InputError(f"run {run!r} has no record here", where=str(paths.tracking_record), fix="check WMTP_WORKDIR")
     with run_lock(paths.lock):
         done, said = send(paths, uri, seconds=seconds)

@@ -80,8 +80,16 @@ def _print(summary: "Summary", console: "Console") -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("run", f"{summary.run}: step {summary.step}{' (stopped early)' if summary.stopped_early else ''}")
     table.add_row("this time", did)
-    table.add_row("validation", f"loss {result['loss']:.4f}, perplexity of head 1 {result['perplexity']:.2f}")
-    table.add_row("accuracy", ", ".join(f"head {i} {a:.1%}" for i, a in enumerate(result["head_accuracy"], start=1)))
+    if "value_loss" in result:
+        table.add_row("validation", f"value loss {result['value_loss']:.4f}, {result['pairs']} pairs")
+        table.add_row("accuracy", f"{result['pairwise_accuracy']:.1%} of the pairs")
+        judged = f"explained variance {result['explained_variance']:.3f}, of all tokens "
+        table.add_row("judgement", f"{judged}{result['token_explained_variance']:.3f}")
+        table.add_row("calibration", f"error {result['calibration']:.3f}")
+    else:
+        table.add_row("validation", f"loss {result['loss']:.4f}, perplexity of head 1 {result['perplexity']:.2f}")
+        accuracies = enumerate(result["head_accuracy"], start=1)
+        table.add_row("accuracy", ", ".join(f"head {head} {share:.1%}" for head, share in accuracies))
     table.add_row("best", f"loss {summary.best_loss:.4f} at step {summary.best_step}")
     if summary.bucket:
         table.add_row("safe in", redact(summary.bucket))

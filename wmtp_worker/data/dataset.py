@@ -1,7 +1,7 @@
 """Samples, what is known of each of their tokens, and how they are cut into batches."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,8 +15,8 @@ from wmtp_worker.data.tokenizer import Sample
 class Dataset:
     """Tokenized samples and how they are cut into batches.
 
-    `columns`: by name, one float32 array per sample, as long as its ids; the batches carry them along. Raises
-    `ValueError` for a column of another length.
+    `columns`: by name, one float32 array per sample, as long as its ids; the batches carry them along. `difficulties`:
+    of each problem, by its number, None where that is not known. Raises `ValueError` for a column of another length.
     """
 
     samples: list[Sample]
@@ -24,6 +24,7 @@ class Dataset:
     sequence_length: int
     pad_id: int
     columns: Mapping[str, Column] = field(default_factory=dict)
+    difficulties: Sequence[int | None] = ()
 
     def __post_init__(self) -> None:
         for name, column in self.columns.items():

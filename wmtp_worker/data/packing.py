@@ -4,7 +4,8 @@ Each sample of a row is a segment with its own number; positions start at 0 in e
 segment (`model.mtp.packed_attention_mask`), and no label crosses from one into the next (`training.loss.mtp_labels`).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import bisect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,8 +17,8 @@ from wmtp_worker.data.tokenizer import Sample
 IGNORE = -100
 PADDING_SEGMENT = 0
 Column = Sequence[npt.NDArray[np.float32]]
-# rows kept open while packing: bounds the search, costs next to no space
-_OPEN_ROWS = 64
+WINDOW = 1024  # samples that are packed together
+METHOD = f"best fit decreasing, {WINDOW}"  # what the order of the data follows from, beside the seed
 
 
 @dataclass(frozen=True)
@@ -53,26 +54,34 @@ class Batch:
         return int((self.segment_ids != PADDING_SEGMENT).sum())
 
 
-def pack(order: Iterable[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """First fit: each sample, in `order`, goes into the first open row that still has room.
+def pack(order: Sequence[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Best fit decreasing: the samples of a window, longest first, each into the fullest row that still has room.
 
-    `lengths`: tokens per sample, each at most `capacity`. Returns rows of sample indices; deterministic.
+    A window is `WINDOW` samples in `order`, so that every part of an epoch has samples of every length, and packing an
+    epoch of millions takes seconds. The rows of a window come in the order that their longest samples have in `order`:
+    longest first would be a curriculum. `lengths`: tokens per sample, each at most `capacity`. Returns rows of sample
+    indices; deterministic. (Johnson, "Near-optimal bin packing algorithms", 1973.)
     """
     rows: list[list[int]] = []
-    open_rows: list[tuple[list[int], int]] = []
-    for index in order:
-        length = lengths[index]
-        for place, (row, room) in enumerate(open_rows):
-            if length <= room:
-                row.append(index)
-                open_rows[place] = (row, room - length)
-                break
-        else:
-            rows.append([index])
-            open_rows.append((rows[-1], capacity - length))
-            if len(open_rows) > _OPEN_ROWS:
-                open_rows.remove(min(open_rows, key=lambda item: item[1]))
+    for start in range(0, len(order), WINDOW):
+        rows += _pack_window(order[start : start + WINDOW], lengths, capacity)
     return rows
+
+
+def _pack_window(order: Sequence[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    rows: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # what is left in each row, and its number; least room first
+    place = {index: number for number, index in enumerate(order)}
+    for index in sorted(order, key=lambda index: -lengths[index]):
+        found = bisect.bisect_left(rooms, (lengths[index], -1))
+        if found < len(rooms):
+            room, number = rooms.pop(found)
+        else:
+            room, number = capacity, len(rows)
+            rows.append([])
+        rows[number].append(index)
+        bisect.insort(rooms, (room - lengths[index], number))
+    return sorted(rows, key=lambda row: place[row[0]])
 
 
 def collate(rows: Sequence[Sequence[Sample]], sequence_length: int, pad_id: int) -> Batch:

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from wmtp_worker.data.dataset import Dataset
+from wmtp_worker.data.packing import Batch, collate
+from wmtp_worker.data.sampler import PackedSampler
 from wmtp_worker.data.tokenizer import Sample
 from wmtp_worker.errors import InputError
 
@@ -32,6 +35,31 @@ class Bin:
 
     def __contains__(self, difficulty: int | None) -> bool:
         return difficulty is not None and self.low <= difficulty <= self.high
+
+
+class PairRows:
+    """Pairs as rows: n rows of correct solutions, then n rows of the incorrect ones, in the same order.
+
+    So the k-th sample of row i and the k-th of row n + i are a pair. A row of pairs is packed by the longer solution of
+    each, which `length_share` keeps about as long as the other.
+    """
+
+    def __init__(self, data: Dataset, pairs: Sequence[Pair], seed: int, packing: bool) -> None:
+        """`pairs`: of `data.samples`. The order of an epoch is drawn from (seed, epoch)."""
+        self._data = data
+        self._pairs = pairs
+        longest = [max(len(data.samples[pair.correct].ids), len(data.samples[pair.incorrect].ids)) for pair in pairs]
+        self.sampler = PackedSampler(longest, data.sequence_length, seed, packing)
+
+    def batch(self, rows: list[list[int]]) -> Batch:
+        """A batch of twice as many rows; `rows` are places in the list of pairs."""
+        samples = self._data.samples
+        correct = [[samples[self._pairs[place].correct] for place in row] for row in rows]
+        incorrect = [[samples[self._pairs[place].incorrect] for place in row] for row in rows]
+        return collate(correct + incorrect, self._data.sequence_length, self._data.pad_id)
+
+    def __len__(self) -> int:
+        return len(self._pairs)
 
 
 def make_pairs(

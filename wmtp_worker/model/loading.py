@@ -52,21 +52,29 @@ def load(path: Path, heads: int) -> MTPForCausalLM:
     are missing, left over or of another shape.
     """
     stored = open_stored(path)
-    own_heads = stored.config.get("n_future_tokens")
-    if own_heads not in (None, heads):
-        raise InputError(
-            f"the model has {own_heads} heads, model.heads is {heads}",
-            where=str(stored.files[0]),
-            fix=f"set model.heads={own_heads}",
-        )
+    config = config_with_heads(stored.config, heads, str(stored.files[0]))
     with no_init_weights():  # drawing 7 billion numbers takes minutes
-        model = MTPForCausalLM(LlamaConfig.from_dict(stored.config | {"n_future_tokens": heads, "dtype": "float32"}))
+        model = MTPForCausalLM(config)
     model.tie_weights()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(stored.tensors[_stored_name(name, stored)])
     model.config.name_or_path = ""  # a path of this machine: it has no business in checkpoints
     return model
+
+
+def config_with_heads(config: dict[str, Any], heads: int, where: str) -> LlamaConfig:
+    """The fp32 policy's configuration. Raises `InputError` for one of another number of heads, and for nonsense."""
+    own_heads = config.get("n_future_tokens")
+    if own_heads not in (None, heads):
+        raise InputError(
+            f"the model has {own_heads} heads, model.heads is {heads}", where=where, fix=f"set model.heads={own_heads}"
+        )
+    try:
+        return LlamaConfig.from_dict(config | {"n_future_tokens": heads, "dtype": "float32"})
+    except Exception as error:  # a config that makes no sense raises anything
+        reason = " ".join(str(error).split())
+        raise InputError(f"its configuration makes no model: {reason}", where=where, fix="replace the file") from error
 
 
 def _stored_name(name: str, stored: Stored) -> str:

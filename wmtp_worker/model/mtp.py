@@ -19,7 +19,10 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 @dataclass(frozen=True)
 class TrunkOutput:
-    """What every head reads. `hidden`: [batch, time, hidden_size]; the rest is what attention needs."""
+    """What every head reads. `hidden`: [batch, time, hidden_size]; the rest is what attention needs.
+
+    `attention_mask`: what is added to scores, 0 or -inf, [batch, 1, time, time].
+    """
 
     hidden: torch.Tensor
     position_embeddings: tuple[torch.Tensor, torch.Tensor]
@@ -58,11 +61,16 @@ class MTPForCausalLM(LlamaForCausalLM):
         """
         return run_layers(self.model, len(self.model.layers) - 1, input_ids, position_ids, attention_mask)
 
-    def head_logits(self, number: int, trunk: TrunkOutput) -> torch.Tensor:
-        """Logits [batch, time, vocabulary] of head `number` (1…n): at position t they predict token t + number."""
+    def head_hidden(self, number: int, trunk: TrunkOutput) -> torch.Tensor:
+        """What the unembedding reads for head `number` (1…n): [batch, time, hidden_size], normed."""
         layer = self.model.layers[-1] if number == 1 else self.extra_heads[number - 2]
         hidden = layer(trunk.hidden, attention_mask=trunk.attention_mask, position_embeddings=trunk.position_embeddings)
-        logits: torch.Tensor = self.lm_head(self.model.norm(hidden))
+        normed: torch.Tensor = self.model.norm(hidden)
+        return normed
+
+    def head_logits(self, number: int, trunk: TrunkOutput) -> torch.Tensor:
+        """Logits [batch, time, vocabulary] of head `number` (1…n): at position t they predict token t + number."""
+        logits: torch.Tensor = self.lm_head(self.head_hidden(number, trunk))
         return logits
 
 
@@ -71,10 +79,19 @@ def run_layers(
 ) -> TrunkOutput:
     """The output of a Llama's first `count` layers, not normed; the other arguments as for `MTPForCausalLM.trunk`."""
     hidden = llama.embed_tokens(input_ids)
+    attention_mask = _added_to_scores(attention_mask, hidden.dtype)
     position_embeddings = llama.rotary_emb(hidden, position_ids=position_ids)
     for layer in llama.layers[:count]:
         hidden = layer(hidden, attention_mask=attention_mask, position_embeddings=position_embeddings)
     return TrunkOutput(hidden, position_embeddings, attention_mask)
+
+
+def _added_to_scores(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A bool mask as attention uses it, in its type: made once, or each layer would make and keep a copy of its own."""
+    device = mask.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
 
 
 def packed_attention_mask(segment_ids: torch.Tensor) -> torch.Tensor:

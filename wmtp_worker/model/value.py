@@ -1,6 +1,6 @@
 """The value model: how good a solution is, judged after each of its tokens.
 
-Either a Llama of its own with a small MLP on top, or such an MLP on the policy's trunk.
+A Llama with a small MLP on top: one of its own, or the policy's trunk, which then stays as it is.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from wmtp_worker.errors import InputError
 from wmtp_worker.model.loading import load, load_tensors
 from wmtp_worker.model.lora import add_lora
-from wmtp_worker.model.mtp import TrunkOutput, run_layers
+from wmtp_worker.model.mtp import MTPForCausalLM, run_layers
 
 _WIDTH = "value_width"  # in the config of a saved value model
 
@@ -59,22 +59,6 @@ class ValueModel(nn.Module):
         return values
 
 
-class TrunkValue(nn.Module):
-    """A `ValueHead` on the policy's trunk. `detach` keeps its gradient out of the trunk."""
-
-    def __init__(self, config: LlamaConfig, width: int, detach: bool) -> None:
-        super().__init__()
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)  # the trunk's output has none yet
-        self.head = ValueHead(config.hidden_size, width)
-        self.detach = detach
-
-    def forward(self, trunk: TrunkOutput) -> torch.Tensor:
-        """Float32 [batch, time], from the policy's `trunk(…)`."""
-        states = trunk.hidden.detach() if self.detach else trunk.hidden
-        values: torch.Tensor = self.head(self.norm(states))
-        return values
-
-
 def backbone_states(
     backbone: LlamaModel, input_ids: torch.Tensor, position_ids: torch.Tensor, attention_mask: torch.Tensor
 ) -> torch.Tensor:
@@ -85,20 +69,39 @@ def backbone_states(
 
 
 def value_from(folder: Path, heads: int, width: int, seed: int) -> ValueModel:
-    """A new fp32 value model on the layers of a stored policy that has `heads` heads, or of a plain Llama (1).
+    """`value_on` the layers of a stored policy that has `heads` heads, or of a plain Llama (1).
 
-    Its MLP is drawn from `seed` alone. Raises `InputError` where the folder does not load.
+    Raises `InputError` where the folder does not load.
     """
-    policy = load(folder, heads)
+    return value_on(load(folder, heads), width, seed)
+
+
+def value_on(policy: MTPForCausalLM, width: int, seed: int, trunk_head: bool = False) -> ValueModel:
+    """A new fp32 value model on the policy's layers, which become its own; its MLP is drawn from `seed` alone.
+
+    Without `trunk_head` they are all those of head 1, with its norm. With it they are the trunk, frozen, under a norm
+    that is new; then the policy must have at least two layers.
+    """
     config = LlamaConfig.from_dict(policy.config.to_dict() | {_WIDTH: width})
+    backbone = policy.model
+    if trunk_head:
+        config.num_hidden_layers -= 1
+        backbone.layers = backbone.layers[:-1]
+        backbone.requires_grad_(False)
+        backbone.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         with torch.device("meta"):
             value = ValueModel(config)
         value.head = ValueHead(config.hidden_size, width)
-    value.backbone = policy.model
+    value.backbone = backbone
     value.backbone.config = config
     return value
+
+
+def is_value_model(config: dict[str, Any]) -> bool:
+    """Whether a saved config is that of a value model."""
+    return type(config.get(_WIDTH)) is int
 
 
 def rebuild_value(config: dict[str, Any], saved: dict[str, torch.Tensor], where: str) -> ValueModel:
@@ -106,7 +109,7 @@ def rebuild_value(config: dict[str, Any], saved: dict[str, torch.Tensor], where:
 
     Raises `InputError` where they make none, naming the first tensor that does not fit.
     """
-    if type(config.get(_WIDTH)) is not int:
+    if not is_value_model(config):
         raise InputError("it is no value model", where=where, fix="use the weights of a run that trained values")
     try:
         value = ValueModel(LlamaConfig.from_dict(config))

@@ -4,7 +4,9 @@ import ipaddress
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
+from wmtp_worker.settings.kinds import RUN_NAME
 from wmtp_worker.settings.schema import FIELDS, MODEL_SHAPE, Settings
+from wmtp_worker.settings.stages import value_name, value_run
 from wmtp_worker.settings.values import Given, Problem, nearest
 
 
@@ -14,6 +16,8 @@ def contradictions(settings: Settings, given: dict[str, Given], needs_bucket: bo
     yield from _training(settings)
     yield from _weighting(settings)
     yield from _tracking(settings)
+    if settings.trains_values:
+        yield from _value(settings, given)
     yield from _cloud(settings, needs_bucket)
     for key in settings.run.accept_changes:
         if key not in FIELDS:
@@ -87,7 +91,7 @@ def _training(settings: Settings) -> Iterator[Problem]:
         what = "training.early_stopping.patience counts validations, but evaluation.every=0 has only one"
         fix = "set evaluation.every, or patience to 0"
         yield Problem(what, settings.sources["training.early_stopping.patience"], fix)
-    if isinstance(run.resume, int) and run.resume > training.max_steps:
+    if run.stage == "all" and isinstance(run.resume, int) and run.resume > training.max_steps:
         yield _clash(settings, "run.resume", "must not be greater than", "training.max_steps", "take an earlier step")
 
 
@@ -106,9 +110,6 @@ def _weighting(settings: Settings) -> Iterator[Problem]:
         with_kl = " with weighting.grpo.kl" if weighting.family == "grpo" else ""
         fix = "set weighting.reference to a model's folder, its name under models/, or org/name on the hub"
         yield Problem(f"{chosen}{with_kl} needs a reference model", None, fix)
-    if weighting.family == "critic" and weighting.critic.value is None:
-        fix = "set weighting.critic.value to the run that trained it, its folder, or a *.pt file"
-        yield Problem(f"{chosen} needs a value model", None, fix)
     if weighting.needs_reward_model and weighting.critic.reward_model is None:
         what = "weighting.critic.rewards=reward_model needs a reward model"
         fix = "set weighting.critic.reward_model to its folder, its name under models/, or org/name on the hub"
@@ -138,6 +139,27 @@ def _tracking(settings: Settings) -> Iterator[Problem]:
         if not (name.strip() and equals and value):
             fix = "write tracking.tags=name=value,other=value"
             yield Problem(f"{tag!r} in tracking.tags is no tag", sources["tracking.tags"], fix)
+
+
+def _value(settings: Settings, given: dict[str, Given]) -> Iterator[Problem]:
+    value, sources = settings.value, settings.sources
+    name = value_name(settings.run.name)
+    if not RUN_NAME.fullmatch(name):
+        what = f"the value model would be trained by the run {name!r}, which is no name for a run"
+        yield Problem(what, sources["run.name"], "shorten --run-name, or set weighting.critic.value")
+    if value.trunk_head and value.backbone is not None:
+        what = "value.trunk_head is a head on the policy, value.backbone another model"
+        yield Problem(what, sources["value.trunk_head"], "set one of the two")
+    if value.trunk_head and value.lora_rank:
+        what = "value.trunk_head trains nothing of the trunk, value.lora_rank adapters on it"
+        yield Problem(what, sources["value.trunk_head"], "set one of the two")
+    own = value_run(settings)
+    if isinstance(own.run.resume, int) and own.run.resume > own.training.max_steps:
+        what = f"run.resume={own.run.resume} is beyond the value model's {own.training.max_steps} steps"
+        yield Problem(what, sources["run.resume"], "take an earlier step")
+    if own.training.early_stopping.patience and not own.evaluation.every and given["value.patience"].explicit:
+        what = "value.patience counts validations, but there is only one, at the end"
+        yield Problem(what, sources["value.patience"], "set value.evaluation_every, or value.patience to 0")
 
 
 _SCHEMES = {"s3": "s3", "gs": "gcs", "az": "azure"}

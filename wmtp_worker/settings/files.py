@@ -8,7 +8,8 @@ from pathlib import Path
 
 import yaml
 
-from wmtp_worker.settings.schema import RUN_NAME, SECTIONS
+from wmtp_worker.settings.kinds import RUN_NAME
+from wmtp_worker.settings.schema import SECTIONS
 from wmtp_worker.settings.values import Given, Problem, Yaml, construct, nearest, opened, unknown
 
 

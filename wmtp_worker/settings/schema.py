@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,7 +9,21 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 from pydantic.fields import FieldInfo
 
-RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+from wmtp_worker.settings.kinds import (
+    AboveZero,
+    BelowOne,
+    Count,
+    Fraction,
+    NotNegative,
+    Positive,
+    Text,
+    check_difficulty_bin,
+    check_every,
+    check_prefix,
+    check_resume,
+    check_run_name,
+    check_workdir,
+)
 
 
 class Section(BaseModel):
@@ -20,67 +32,20 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-def _run_name(value: object) -> object:
-    if isinstance(value, str) and (not RUN_NAME.fullmatch(value) or ".." in value):
-        raise ValueError(
-            "is no name for a run; use letters and digits, then also '.', '_' and '-'; at most 100; no '..'"
-        )
-    return value
-
-
-def _resume(value: object) -> object:
-    if value in ("auto", "never") or (type(value) is int and value >= 0):
-        return value
-    raise ValueError("is neither auto, never nor a step; use one of those, for example 400")
-
-
-def _every(value: object) -> object:
-    if value == "auto" or (type(value) is int and value >= 1):
-        return value
-    raise ValueError("is neither auto nor a number of steps; use one of those, for example 200")
-
-
-def _workdir(value: object) -> object:
-    if not isinstance(value, str | Path) or not str(value).strip() or "\0" in str(value):
-        raise ValueError("is no path; name a folder that may be created and written")
-    if any("\ud800" <= character <= "\udfff" for character in str(value)):  # as Python shows bytes that are no UTF-8
-        raise ValueError("is not UTF-8 text; name a folder that checkpoints and logs can spell")
-    path = Path(os.path.expanduser(value))  # Path.expanduser would raise for an unknown ~user
-    try:
-        return path.absolute()
-    except OSError as error:
-        raise ValueError("is relative to a current directory that is gone; name a folder from / on") from error
-
-
-def _prefix(value: object) -> object:
-    if value in (None, "null"):
-        return ""
-    if isinstance(value, str):
-        value = value.strip("/")
-        if any(part in ("", ".", "..") for part in value.split("/")) and value:
-            raise ValueError("has an empty, '.' or '..' part; use plain names, as team/project")
-    return value
-
-
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-BelowOne = Annotated[float, Field(ge=0, lt=1)]
-NotNegative = Annotated[float, Field(ge=0)]
-AboveZero = Annotated[float, Field(gt=0)]
-Text = Annotated[str, Field(min_length=1)]
-
-
 class RunSettings(Section):
-    name: Annotated[str, BeforeValidator(_run_name)] = Field(
+    name: Annotated[str, BeforeValidator(check_run_name)] = Field(
         description="name of the run and of its folders; null means <recipe>-<preset>"
     )
     seed: Annotated[int, Field(ge=0, lt=1 << 64)] = Field(description="seed of every random choice")
-    workdir: Annotated[Path, BeforeValidator(_workdir)] = Field(
+    workdir: Annotated[Path, BeforeValidator(check_workdir)] = Field(
         description="local root of models, datasets, checkpoints and logs"
     )
-    resume: Annotated[Literal["auto", "never"] | int, BeforeValidator(_resume)] = Field(
+    resume: Annotated[Literal["auto", "never"] | int, BeforeValidator(check_resume)] = Field(
         description="auto: from the newest checkpoint that verifies; never: start anew; a number: that step"
+    )
+    stage: Literal["all", "value"] = Field(
+        description="all: first the value model, as the run <name>-value, where the weighting needs one and none is "
+        "named, then the policy; value: only the value model"
     )
     accept_changes: list[str] = Field(
         description="settings, by dotted key, that may differ from those of the checkpoint"
@@ -124,6 +89,16 @@ class ModelSettings(Section):
     tie_embeddings: bool = Field(description="whether a new model's unembedding is its embedding")
 
 
+class PairsSettings(Section):
+    per_problem: Positive = Field(description="most pairs of a correct and an incorrect solution of one problem")
+    length_share: Fraction = Field(
+        description="largest difference between the lengths of a pair, as a part of the longer one"
+    )
+    difficulty_bins: list[Annotated[list[float], BeforeValidator(check_difficulty_bin)]] = Field(
+        description="[low, high, weight] each: what share of the pairs has which difficulty; empty: as the data has it"
+    )
+
+
 class DataSettings(Section):
     dataset: Text = Field(
         description="the packaged sample; a name under datasets/ in the work directory or the bucket, or org/name on "
@@ -137,6 +112,7 @@ class DataSettings(Section):
     )
     sequence_length: Annotated[int, Field(ge=2)] = Field(description="tokens in one row of a batch")
     packing: bool = Field(description="whether several samples share one row")
+    pairs: PairsSettings
 
 
 class LoraSettings(Section):
@@ -166,6 +142,13 @@ class TrainingSettings(Section):
     eps: AboveZero = Field(description="AdamW's addend to the denominator")
     grad_clip: NotNegative = Field(description="largest norm of the gradient; 0 does not clip")
     precision: Literal["fp32", "bf16"] = Field(description="fp32, or bf16 autocast over fp32 weights")
+    label_smoothing: BelowOne = Field(description="share of each label that is spread over the whole vocabulary")
+    z_loss: NotNegative = Field(
+        description="weight of log²Z, which keeps logits from drifting; PaLM's is 1e-4; 0: left out"
+    )
+    checkpoint_activations: Literal["none", "full"] = Field(
+        description="full: each layer keeps its input alone and runs again in the backward pass; less memory, same bits"
+    )
     early_stopping: EarlyStoppingSettings
 
 
@@ -245,13 +228,40 @@ class WeightingSettings(Section):
         return self.family == "critic" and self.critic.rewards == "reward_model"
 
 
+class ValueSettings(Section):
+    objective: Literal["pairwise", "lambda_return"] = Field(
+        description="what the value model learns: to rank the ends of correct and incorrect solutions (Bradley-Terry), "
+        "or the lambda-return of the reward 1 or 0, with weighting.critic.gamma and lam"
+    )
+    backbone: Text | None = Field(
+        description="the Llama that the value model begins as, as for model.path; null: the policy's own"
+    )
+    hidden: Positive = Field(description="width of the MLP on top of it")
+    trunk_head: bool = Field(
+        description="whether only that MLP is trained, on the trunk that the policy begins with; the trunk is frozen"
+    )
+    lora_rank: Count = Field(
+        description="rank of the value model's LoRA adapters, the rest of them as in lora; 0 trains every weight"
+    )
+    max_steps: Positive | None = Field(description="optimizer steps; null: training.max_steps")
+    micro_batch_size: Positive | None = Field(
+        description="rows in one pass, with pairwise twice: of correct and of incorrect solutions; "
+        "null: training.micro_batch_size"
+    )
+    lr: AboveZero | None = Field(description="highest learning rate; null: training.lr")
+    evaluation_every: Count | None = Field(description="steps between validations; null: evaluation.every")
+    patience: Count | None = Field(
+        description="validations without improvement before training stops; 0: never; null: training.early_stopping's"
+    )
+
+
 class EvaluationSettings(Section):
     every: Count = Field(description="steps between validations; 0 validates only at the end")
     max_batches: Count = Field(description="batches of one validation; 0 takes the whole validation split")
 
 
 class CheckpointSettings(Section):
-    every: Annotated[Literal["auto"] | int, BeforeValidator(_every)] = Field(
+    every: Annotated[Literal["auto"] | int, BeforeValidator(check_every)] = Field(
         description="steps between checkpoints; auto: from what a save costs and how often machines are taken away"
     )
     keep_last: Positive = Field(description="checkpoints kept, apart from the best and the final model")
@@ -305,7 +315,7 @@ class CloudSettings(Section):
     bucket: Text | None = Field(
         description="bucket (Azure: container; local: a folder); null with local: only the work directory"
     )
-    prefix: Annotated[str, BeforeValidator(_prefix)] = Field(
+    prefix: Annotated[str, BeforeValidator(check_prefix)] = Field(
         description="part of the bucket that is ours, as team/project; null: all of it"
     )
     endpoint_url: Text | None = Field(
@@ -343,6 +353,7 @@ class Settings(Section):
     data: DataSettings
     training: TrainingSettings
     weighting: WeightingSettings
+    value: ValueSettings
     evaluation: EvaluationSettings
     checkpoint: CheckpointSettings
     logging: LoggingSettings
@@ -360,29 +371,51 @@ class Settings(Section):
         """Dotted key to JSON value, in the order of the tree."""
         return dict(_flatten(self.model_dump(mode="json"), ""))
 
+    @property
+    def trains_values(self) -> bool:
+        """Whether a value model is to be trained: asked for, or needed and not named."""
+        needed = self.weighting.family == "critic" and self.weighting.critic.value is None
+        return needed or self.run.stage == "value"
+
     def identity(self) -> dict[str, Any]:
-        """The part of `flat()` that determines the numbers of the training.
+        """The part of `flat()` that determines the numbers of the training: with run.stage=value, of the value model.
 
         Where the run lives, what it runs on, how often it saves and what it prints are left out, and so is what has
         no effect. So are the names of models, tokenizer and data set: what they contain is compared by digest,
         wherever it lies.
         """
+        counts = self._counts_for_values if self.run.stage == "value" else self._counts
         return {
             key: value
             for key, value in self.flat().items()
             if key == "run.seed"
-            or (key.split(".")[0] not in _NOT_IDENTITY_SECTIONS and key not in _NOT_IDENTITY and self._has_effect(key))
+            or (key.split(".")[0] not in _NOT_IDENTITY_SECTIONS and key not in _NOT_IDENTITY and counts(key))
         }
 
-    def _has_effect(self, key: str) -> bool:
-        """Whether anything is done otherwise because of it: what other families and new models read is not."""
+    def _counts(self, key: str) -> bool:
+        """Whether the policy learns otherwise because of it: what other families and new models read has no effect."""
         section, _, rest = key.partition(".")
         if section == "weighting" and rest != "family":
             own = rest.split(".")[0] if "." in rest else self.weighting.group
             return self.weighting.family != "uniform" and own == self.weighting.group
         if section == "lora":
             return self.lora.rank > 0
+        if section == "value" or key.startswith("data.pairs."):
+            return False  # the value model's weights are compared
         return self.model.path is None or key not in MODEL_SHAPE
+
+    def _counts_for_values(self, key: str) -> bool:
+        """The same of the value model. What `stages.value_run` puts into other sections counts there."""
+        section, _, rest = key.partition(".")
+        if section == "value":
+            return rest in ("objective", "hidden", "trunk_head", "lora_rank")
+        if section == "weighting":
+            return rest in ("critic.gamma", "critic.lam") and self.value.objective == "lambda_return"
+        if section == "lora":
+            return self.value.lora_rank > 0 and rest != "rank"
+        if section == "model":
+            return self.model.path is None and self.value.backbone is None
+        return key != "data.solutions"
 
     def digest(self) -> str:
         """SHA-256, in hex, of `identity()` as canonical JSON."""
@@ -397,6 +430,7 @@ _NOT_IDENTITY = frozenset(
         "model.tokenizer",
         "data.dataset",
         "data.format",
+        "training.checkpoint_activations",
         "weighting.reference",
         "weighting.critic.value",
         "weighting.critic.reward_model",

@@ -7,7 +7,8 @@ The work directory mirrors the bucket, so nearly every key below is valid in bot
     checkpoints/<run>/step_1000/…      files, then manifest.json, last
     checkpoints/<run>/shared/…         <sha256>.safetensors: frozen tensors that manifests name by their digest
     checkpoints/<run>/final.pt         best_model.pt   heartbeat.json
-    logs/<run>/…                       training.log   metrics.jsonl   ledger.jsonl   report.png
+    logs/<run>/…                       training.log   settings.json   metrics.jsonl   weights.jsonl   ledger.jsonl
+                                       report.html
     mlflow/<run>/…                     run.json   servers.json   system.jsonl: what MLflow is told besides the metrics
 
 In the bucket several workers may believe that the run is theirs. So what one publishes there lies under keys that carry
@@ -79,6 +80,10 @@ def scores_dir(workdir: Path) -> Path:
     return workdir / "cache" / "scores"
 
 
+def tokens_dir(workdir: Path) -> Path:
+    return workdir / "cache" / "tokens"
+
+
 @dataclass(frozen=True)
 class RunPaths:
     """Every local path of one run."""
@@ -101,11 +106,8 @@ class RunPaths:
     def key(self, path: Path) -> str:
         """The key in the bucket of a file, or (ending in `/`) the prefix of a folder, of this run."""
         key = path.relative_to(self.workdir).as_posix()
-        return (
-            f"{key}/"
-            if path in (self.checkpoints, self.logs, self.tracking) or parse_step(path.name) is not None
-            else key
-        )
+        is_folder = path in (self.checkpoints, self.logs, self.tracking) or parse_step(path.name) is not None
+        return f"{key}/" if is_folder else key
 
     @property
     def shared(self) -> Path:
@@ -141,18 +143,6 @@ class RunPaths:
         return self.workdir / "logs" / self.run
 
     @property
-    def training_log(self) -> Path:
-        return self.logs / "training.log"
-
-    @property
-    def metrics(self) -> Path:
-        return self.logs / "metrics.jsonl"
-
-    @property
-    def ledger(self) -> Path:
-        return self.logs / "ledger.jsonl"
-
-    @property
     def tracking(self) -> Path:
         return self.workdir / "mlflow" / self.run
 
@@ -173,8 +163,52 @@ class RunPaths:
         return self.checkpoints / ".tracking.lock"
 
     @property
+    def training_log(self) -> Path:
+        return self.record.training_log
+
+    @property
+    def metrics(self) -> Path:
+        return self.record.metrics
+
+    @property
+    def ledger(self) -> Path:
+        return self.record.ledger
+
+    @property
+    def record(self) -> "RunRecord":
+        """The files of `logs`."""
+        return RunRecord(self.logs)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run leaves beside its checkpoints: the files of its logs, wherever their folder lies."""
+
+    folder: Path
+
+    @property
+    def training_log(self) -> Path:
+        return self.folder / "training.log"
+
+    @property
+    def settings(self) -> Path:
+        return self.folder / "settings.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / "weights.jsonl"
+
+    @property
+    def ledger(self) -> Path:
+        return self.folder / "ledger.jsonl"
+
+    @property
     def report(self) -> Path:
-        return self.logs / "report.png"
+        return self.folder / "report.html"
 
 
 def blob_name(sha256: str) -> str:

@@ -1,1 +1,1 @@
-"""The record of a run: metrics, logs, heartbeat, and the picture drawn from them."""
+"""The record of a run: metrics, logs, heartbeat, and the report made from them."""

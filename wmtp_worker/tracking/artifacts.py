@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from wmtp_worker.redact import redact
 from wmtp_worker.storage.layout import MANIFEST, RunPaths, step_name
-from wmtp_worker.tracking.record import RunRecord
+from wmtp_worker.tracking.record import TrackedRun
 
 if TYPE_CHECKING:
     from wmtp_worker.tracking.server import ServerRun
@@ -78,7 +78,7 @@ class Artifacts:
     def _link(self, server: "ServerRun") -> None:
         """Where the checkpoints are: they are large, and in the bucket already."""
         paths = self._paths
-        record = RunRecord.load(paths.tracking_record)
+        record = TrackedRun.load(paths.tracking_record)
         home = (record and record.home) or str(paths.checkpoints)
         steps = [step_name(step) for step in paths.steps() if (paths.step(step) / MANIFEST).exists()]
         files = [path.name for path in (paths.final, paths.best) if path.exists()]

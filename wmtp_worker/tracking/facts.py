@@ -11,13 +11,13 @@ import wmtp_worker
 from wmtp_worker.host.cloud import find_cloud
 from wmtp_worker.redact import redact
 from wmtp_worker.settings import Settings
-from wmtp_worker.tracking.record import RunRecord
+from wmtp_worker.tracking.record import TrackedRun
 
 _DIGEST = "sha256 "
 _SHORT = 12
 
 
-def describe(settings: Settings, identity: Mapping[str, Any], device: str, home: str | None) -> RunRecord:
+def describe(settings: Settings, identity: Mapping[str, Any], device: str, home: str | None) -> TrackedRun:
     """The record of a run that begins now. `identity` has digests of models and data by dotted key; `home` is the
     URL of its checkpoints in a bucket.
     """
@@ -37,6 +37,7 @@ def describe(settings: Settings, identity: Mapping[str, Any], device: str, home:
         "horizon": str(settings.model.heads),
         "env": settings.tracking.environment or surroundings(),
         "model_version": settings.tracking.model_version or _model_version(settings, digests),
+        "stage": "value" if settings.run.stage == "value" else "policy",
         "recipe": settings.recipe,
         "preset": settings.preset,
         "host": platform.node(),
@@ -46,7 +47,7 @@ def describe(settings: Settings, identity: Mapping[str, Any], device: str, home:
         **_origin(),
         **dict(tag.split("=", 1) for tag in settings.tracking.tags),
     }
-    return RunRecord(
+    return TrackedRun(
         run=settings.run.name,
         experiment=experiment_name(settings),
         home=home,

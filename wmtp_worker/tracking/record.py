@@ -14,7 +14,7 @@ from wmtp_worker.storage.atomic import write_text
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
 
-class RunRecord(BaseModel):
+class TrackedRun(BaseModel):
     """One run, as a tracking server shall have it. `key` makes it the same run on every machine and server."""
 
     model_config = ConfigDict(extra="ignore")
@@ -44,7 +44,7 @@ class RunRecord(BaseModel):
         """Replace the file, atomically. Raises `DiskFullError`, `InputError`."""
         write_text(path, self.model_dump_json(indent=1) + "\n")
 
-    def continued_by(self, new: "RunRecord", start: int, resume: str | int) -> "RunRecord":
+    def continued_by(self, new: "TrackedRun", start: int, resume: str | int) -> "TrackedRun":
         """The record of a process that begins after step `start`: this run's, or that of a new one.
 
         A run goes on after whatever interrupted it. Going back on purpose makes another, and so does beginning anew

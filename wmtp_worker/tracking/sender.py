@@ -32,7 +32,7 @@ from wmtp_worker.errors import RunHeldError
 from wmtp_worker.redact import redact
 from wmtp_worker.storage.layout import RunPaths
 from wmtp_worker.tracking.artifacts import Artifacts
-from wmtp_worker.tracking.record import RunRecord, Status, read_servers, write_server
+from wmtp_worker.tracking.record import Status, TrackedRun, read_servers, write_server
 from wmtp_worker.tracking.rows import Row, rows_of
 from wmtp_worker.tracking.server import ServerRun, make_client
 
@@ -178,7 +178,7 @@ class Sender:
     def _connect(self) -> ServerRun:
         """Find the run, and begin at the first line: what the server has is left out, whatever was sent before."""
         path, order = self._paths.tracking_servers, self._order
-        record = RunRecord.load(self._paths.tracking_record)
+        record = TrackedRun.load(self._paths.tracking_record)
         if record is None:
             raise FileNotFoundError(self._paths.tracking_record)
         known = read_servers(path).get(order.uri, {})

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wmtp_worker.errors import RunHeldError, TransientError
-from wmtp_worker.tracking.record import RunRecord, Status
+from wmtp_worker.tracking.record import Status, TrackedRun
 from wmtp_worker.tracking.rows import Row
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def find_experiment(client: "MlflowClient", name: str) -> str:
 class ServerRun:
     """The run of a record, as one process owns it. Every method raises what MLflow raises; all may be called again."""
 
-    def __init__(self, client: "MlflowClient", record: RunRecord, owner: str, run_id: str | None) -> None:
+    def __init__(self, client: "MlflowClient", record: TrackedRun, owner: str, run_id: str | None) -> None:
         """`run_id` is what this server called the run, as far as that is known."""
         self._client = client
         self._record = record

@@ -14,7 +14,7 @@ from typing import IO, Self
 from wmtp_worker.errors import Interrupted, NotSafeError, RunHeldError, WorkerError
 from wmtp_worker.settings.schema import TrackingSettings
 from wmtp_worker.storage.layout import RunPaths
-from wmtp_worker.tracking.record import RunRecord, Status, read_servers
+from wmtp_worker.tracking.record import Status, TrackedRun, read_servers
 from wmtp_worker.tracking.sender import Order, start
 from wmtp_worker.tracking.system import SystemSampler
 
@@ -37,7 +37,7 @@ class Tracking:
         self,
         settings: TrackingSettings,
         paths: RunPaths,
-        record: RunRecord,
+        record: TrackedRun,
         *,
         start: int = 0,
         resume: str | int = "auto",
@@ -50,7 +50,7 @@ class Tracking:
         self._settings = settings
         self._paths = paths
         self._seconds_left = seconds_left
-        earlier = RunRecord.load(paths.tracking_record)
+        earlier = TrackedRun.load(paths.tracking_record)
         self.record = record if earlier is None else earlier.continued_by(record, start, resume)
         self._process: subprocess.Popen[bytes] | None = None
         self._reader: threading.Thread | None = None

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from wmtp_worker.errors import SettingsError, TransientError
 from wmtp_worker.storage.layout import RunPaths
-from wmtp_worker.tracking.record import RunRecord, Status
+from wmtp_worker.tracking.record import Status, TrackedRun
 from wmtp_worker.tracking.sender import Order, start
 
 _START_SECONDS = 300.0
@@ -98,7 +98,7 @@ def _wait(process: "subprocess.Popen[bytes]", address: str, log: Path, check: Ca
 def records(root: Path) -> list[RunPaths]:
     """The runs below a work directory (or a copy of a bucket) that have a record."""
     found = (RunPaths(root, path.parent.name) for path in sorted((root / "mlflow").glob("*/run.json")))
-    return [paths for paths in found if RunRecord.load(paths.tracking_record) is not None]
+    return [paths for paths in found if TrackedRun.load(paths.tracking_record) is not None]
 
 
 def push(paths: RunPaths, uri: str, *, seconds: float, viewer: bool = False) -> tuple[bool, list[str]]:
@@ -106,7 +106,7 @@ def push(paths: RunPaths, uri: str, *, seconds: float, viewer: bool = False) -> 
 
     To be called while nobody trains the run, unless it is for a `viewer` of one's own.
     """
-    record = RunRecord.load(paths.tracking_record)
+    record = TrackedRun.load(paths.tracking_record)
     assert record is not None
     order = Order(uri, str(paths.workdir), paths.run, f"push/{os.getpid()}", viewer=viewer)
     process = start(order)

@@ -182,6 +182,15 @@ class RunBucket:
         elif (path := {"final": self._paths.final, "best": self._paths.best}.get(weights)) and not path.exists():
             self._side.fetch_file(path)
 
+    def fetch_final(self) -> None:
+        """Bring the run's `final.pt`, unless it is here, or nowhere. A bucket that is away is only warned about."""
+        if self._side is None or self._paths.final.exists():
+            return
+        try:
+            self._side.fetch_file(self._paths.final)
+        except ExhaustedError as error:
+            log.warning("the bucket cannot be reached, going on with what is here: %s", error)
+
     def check_fresh_start(self) -> None:
         """To be asked before a run begins at step 0 though it was to go on from its newest checkpoint.
 
@@ -276,7 +285,7 @@ class RunBucket:
         queue.submit("checkpoint", step_name(step), publish)
 
     def finished(self) -> None:
-        """Queue what a finished run leaves: the final model, the best one, and the logs with the picture."""
+        """Queue what a finished run leaves: the final model, the best one, and the logs with the report."""
         if self._sync is None or self._side is None:
             return
         sync, side = self._sync, self._side

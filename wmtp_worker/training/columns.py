@@ -10,12 +10,14 @@ import torch
 
 from wmtp_worker.data.dataset import Dataset, rewards
 from wmtp_worker.data.packing import Column
+from wmtp_worker.data.pairs import make_pairs
 from wmtp_worker.data.tokenizer import Sample
 from wmtp_worker.errors import InputError
 from wmtp_worker.model.compat import Named
 from wmtp_worker.settings import Settings
 from wmtp_worker.training.families import ADVANTAGE, REWARD, VALUE
 from wmtp_worker.training.frozen import frozen_models
+from wmtp_worker.training.quality import quality
 from wmtp_worker.training.scores import Scorer
 from wmtp_worker.weighting.grpo import group_advantages
 
@@ -42,7 +44,7 @@ def add_columns(settings: Settings, data: Dataset, policy: Policy, scorer: Score
         known[ADVANTAGE] = advantages(samples)
     models = frozen_models(settings)
     for model in models:
-        model.check(policy.tokens, max(len(sample.ids) for sample in samples))
+        model.check(policy.tokens, max(len(sample.ids) for sample in samples), policy.digest)
     digests = {model.key: model.digest(scorer.poll) for model in models}
     for model in models:
         known[model.column] = scorer.score(model, (digests[model.key], policy.digest), samples)
@@ -51,6 +53,8 @@ def add_columns(settings: Settings, data: Dataset, policy: Policy, scorer: Score
             known[REWARD] = rewards(samples)
         else:
             known[REWARD] = _last_only(known[REWARD if weighting.needs_reward_model else VALUE])
+        if weighting.needs_reward_model:
+            _log_quality(settings, samples, known[REWARD])
     elif weighting.family != "grpo" and any(sample.reward == 0 for sample in samples):
         log.warning(
             "incorrect solutions are learned like correct ones: weighting.family=%s knows none", weighting.family
@@ -84,6 +88,26 @@ def advantages(samples: Sequence[Sample]) -> Column:
             same - alone,
         )
     return [np.full(len(sample.ids), value, np.float32) for sample, value in zip(samples, found.tolist(), strict=True)]
+
+
+def _log_quality(settings: Settings, samples: list[Sample], scores: Column) -> None:
+    """Say how well a reward model tells correct from incorrect solutions, where both are there and in pairs."""
+    choice = settings.data.pairs
+    labelled = [number for number, sample in enumerate(samples) if sample.reward in (0.0, 1.0)]
+    ends = torch.tensor([float(scores[number][-1]) for number in labelled])
+    correct = torch.tensor([samples[number].reward for number in labelled])
+    try:
+        pairs = make_pairs(
+            [samples[number] for number in labelled],
+            per_problem=choice.per_problem,
+            length_share=choice.length_share,
+            seed=settings.run.seed,
+        )
+    except InputError:
+        return  # nothing to compare
+    # reward models are trained like `value.objective=pairwise`
+    found = quality(ends, ends.sigmoid(), correct, pairs)
+    log.info("the reward model, of %d solutions and %d pairs: %s", len(ends), len(pairs), found)
 
 
 def _last_only(column: Column) -> Column:

@@ -12,16 +12,18 @@ from wmtp_worker.errors import SettingsError
 from wmtp_worker.host.device import make_deterministic, resolve_device, set_threads
 from wmtp_worker.host.stop import StopRequest
 from wmtp_worker.model.loading import rebuild
+from wmtp_worker.model.value import is_value_model, rebuild_value
 from wmtp_worker.settings import Settings
 from wmtp_worker.storage.layout import RunPaths
 from wmtp_worker.training.bucket import RunBucket
 from wmtp_worker.training.session import CONFIG
-from wmtp_worker.training.setup import check_fit, load_split
+from wmtp_worker.training.splits import load_split
+from wmtp_worker.training.stages import check_fit, examination
 from wmtp_worker.training.validation import validate
 
 
 def evaluate_run(settings: Settings, weights: str, stop: StopRequest) -> dict[str, Any]:
-    """Numbers of `Validation` plus `run`, `weights`, `step`, and which `dataset` with how many `samples`.
+    """Numbers of `Validation` or, of a value model, `ValueReport`; and `run`, `weights`, `step`, `dataset`, `samples`.
 
     `weights`: `final`, `best`, or a checkpoint's step; what is not here comes from the bucket. Raises
     `CheckpointError`, `InputError`, `SettingsError`, and the bucket's `StorageError`.
@@ -33,6 +35,10 @@ def evaluate_run(settings: Settings, weights: str, stop: StopRequest) -> dict[st
     device = resolve_device(settings.host.device)
     make_deterministic(device)
     step, config, tensors, where = _read(paths, weights)
+    what = {"run": paths.run, "weights": weights, "step": step, "dataset": settings.data.dataset}
+    if is_value_model(config):
+        judge = rebuild_value(config, dict(tensors), where)
+        return {**what, **examination(settings, judge, device, stop.check).validate(stop.check).to_json()}
     model = rebuild(config, tensors, where)
     tokenizer = load_tokenizer(tokenizer_folder(settings))
     check_fit(settings, model, tokenizer)
@@ -41,8 +47,7 @@ def evaluate_run(settings: Settings, weights: str, stop: StopRequest) -> dict[st
     batches = data.epoch(rows, settings.evaluation.max_batches)
     model.to(device)  # type: ignore[arg-type]  # transformers hides nn.Module.to's signature
     result = validate(model, batches, device, settings.training.precision, stop.check)
-    what = {"run": paths.run, "weights": weights, "step": step}
-    return {**what, "dataset": settings.data.dataset, "samples": len(data.samples), **result.to_json()}
+    return {**what, "samples": len(data.samples), **result.to_json()}
 
 
 def _read(paths: RunPaths, weights: str) -> tuple[int, dict[str, Any], Mapping[str, Any], str]:

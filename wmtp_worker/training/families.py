@@ -103,13 +103,11 @@ def _advantages(settings: WeightingSettings, batches: Sequence[Batch], memory: M
     return [whiten(tokens, mean, std) for tokens in found]
 
 
-def after_the_policy(
-    settings: WeightingSettings, head: Head, unembedding: torch.Tensor, memory: Memory
-) -> torch.Tensor:
+def after_the_policy(settings: WeightingSettings, head: Head, memory: Memory) -> torch.Tensor:
     """Raw weights of one head of one micro-batch: float32 [batch, time, 1]."""
     labelled = (head.targets != IGNORE)[..., None]
     if settings.family == "gradient":
-        return _by_gradient(settings, head, labelled, unembedding, memory)
+        return _by_gradient(settings, head, labelled, memory)
     losses = head.losses[..., None]
     reference = _sees(head, REFERENCE_LOSS)
     if settings.family == "grpo":
@@ -125,13 +123,10 @@ def after_the_policy(
     return rho1_weighted.weights(excess, labelled, sequences(head.batch.segment_ids), form.temperature, form.minimum)
 
 
-def _by_gradient(
-    settings: WeightingSettings, head: Head, labelled: torch.Tensor, unembedding: torch.Tensor, memory: Memory
-) -> torch.Tensor:
-    if settings.gradient.of == "logits":
-        importance = gradient.logit_gradient_norm(head.logits, head.targets)[..., None]
-    else:
-        importance = gradient.hidden_gradient_norm(head.logits, head.targets, unembedding)[..., None]
+def _by_gradient(settings: WeightingSettings, head: Head, labelled: torch.Tensor, memory: Memory) -> torch.Tensor:
+    tokens = head.look()
+    norms = tokens.logit_gradient_norm if settings.gradient.of == "logits" else tokens.hidden_gradient_norm
+    importance = norms[..., None]
     # heads differ in how sure they are: each has a usual importance of its own
     mean, std = memory.usual(f"importance_head_{head.number}", Moments.of(importance, labelled))
     return gradient.weights(importance, labelled, mean, std, settings.gradient.outlier)

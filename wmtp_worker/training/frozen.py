@@ -46,6 +46,7 @@ class Frozen:
     path: Path
     config: LlamaConfig
     load: Callable[[torch.device], Judge]
+    tokenizer: str | None = None  # digest of the one that it was trained with, where that is known
 
     @property
     def name(self) -> str:
@@ -55,10 +56,20 @@ class Frozen:
         """SHA-256 (hex) over its files; `poll` is called before each."""
         return base_digest(self.path, poll)
 
-    def check(self, policy: Named, longest: int) -> None:
-        """Raise `InputError` unless it reads the policy's tokens, and samples of `longest` tokens."""
+    def check(self, policy: Named, longest: int, tokenizer: str = "") -> None:
+        """Raise `InputError` unless it reads the policy's tokens, and samples of `longest` tokens.
+
+        `tokenizer`: digest of the policy's.
+        """
         check_vocabulary(policy, self.name, self.config.vocab_size)
-        if tokenizer_files(self.path):
+        if self.tokenizer is not None:
+            if self.tokenizer != tokenizer:
+                raise InputError(
+                    f"{self.name} was trained with another tokenizer than that of {policy.name}",
+                    where=self.key,
+                    fix="use the tokenizer that it was trained with, or train another one",
+                )
+        elif tokenizer_files(self.path):
             check_same_tokens(policy, Named(self.name, load_tokenizer(self.path)))
         else:
             log.warning("%s has no tokenizer beside it: believed to have the policy's", self.name)
@@ -115,7 +126,9 @@ def _value(path: Path) -> Frozen:
     def on(device: torch.device) -> Judge:
         return _per_token(rebuild_value(config, tensors, str(path)).to(device).eval())
 
-    return Frozen(VALUE, "weighting.critic.value", path, llama, on)
+    # a run of ours remembers it
+    tokenizer = str(content.get("identity", {}).get("model.tokenizer", "")).removeprefix("sha256 ")
+    return Frozen(VALUE, "weighting.critic.value", path, llama, on, tokenizer or None)
 
 
 def _reward(path: Path) -> Frozen:

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from wmtp_worker.data.packing import IGNORE, Batch
 from wmtp_worker.model.mtp import MTPForCausalLM, TrunkOutput, packed_attention_mask
+from wmtp_worker.training.linear_cross_entropy import PLAIN, LinearCrossEntropy, LossForm, TokenLosses
 
 
 def mtp_labels(labels: torch.Tensor, segment_ids: torch.Tensor, heads: int) -> torch.Tensor:
@@ -35,15 +35,19 @@ def mtp_labels(labels: torch.Tensor, segment_ids: torch.Tensor, heads: int) -> t
 class Head:
     """What one head made of one micro-batch, without gradient: what its weights may be computed from.
 
-    `number`: 1…n. `targets`: int64 [batch, time]; `logits`: [batch, time, vocabulary]; `losses`: cross-entropies in
-    nats, float32 [batch, time].
+    `number`: 1…n. `targets`: int64 [batch, time]. `look`: what its tokens cost; asking for it, as the properties do,
+    costs a second pass over the logits, so weights that do not depend on it should not.
     """
 
     number: int
     batch: Batch
     targets: torch.Tensor
-    logits: torch.Tensor
-    losses: torch.Tensor
+    look: Callable[[], TokenLosses]
+
+    @property
+    def losses(self) -> torch.Tensor:
+        """Cross-entropies in nats, float32 [batch, time]."""
+        return self.look().cross_entropy
 
 
 # a head's weights: float32 [batch, time]
@@ -57,12 +61,13 @@ def head_losses_backward(
     weigh: Weigh,
     counts: torch.Tensor,
     precision: str,
+    form: LossForm = PLAIN,
 ) -> torch.Tensor:
     """Add the gradient of L on this micro-batch to the parameters' `.grad`.
 
-    `targets`: int64 [batch, time, heads]; `weigh` is asked for each head's weights when its losses are known, the
-    heads in order; `counts`: N_k over the whole optimizer step, float32 [heads]. Returns this micro-batch's share of
-    each head's loss, weighted in row 0 and unweighted in row 1, float32 [2, heads], detached: summed over the
+    `targets`: int64 [batch, time, heads]; `weigh` is asked for each head's weights, the heads in order; `counts`: N_k
+    over the whole optimizer step, float32 [heads]. Returns this micro-batch's share of each head's loss, weighted in
+    row 0 and, the plain cross-entropy, unweighted in row 1, float32 [2, heads], detached: summed over the
     micro-batches they are the heads' losses, and the mean of row 0 is L.
     """
     heads = model.heads
@@ -71,33 +76,38 @@ def head_losses_backward(
         trunk = model.trunk(batch.input_ids, batch.position_ids, packed_attention_mask(batch.segment_ids))
         leaf = trunk.detached()
         for number in range(1, heads + 1):
-            token_losses, weights = _weighed(model, number, leaf, batch, targets[..., number - 1], weigh)
-            loss = (token_losses * weights).sum() / counts[number - 1]
-            (loss / heads).backward()
-            losses[0, number - 1] = loss.detach()
-            losses[1, number - 1] = token_losses.detach().sum() / counts[number - 1]
+            scale = 1 / (counts[number - 1] * heads)
+            weighted, plain = _head_loss(model, number, leaf, batch, targets[..., number - 1], weigh, scale, form)
+            weighted.backward()
+            losses[0, number - 1] = weighted.detach() * heads
+            losses[1, number - 1] = plain / counts[number - 1]
+            del weighted  # and what it was made from, before the next head
     if trunk.hidden.requires_grad:  # not where only heads are trained
         trunk.hidden.backward(leaf.hidden.grad)
     return losses
 
 
-def _weighed(
-    model: MTPForCausalLM, number: int, leaf: TrunkOutput, batch: Batch, targets: torch.Tensor, weigh: Weigh
+def _head_loss(
+    model: MTPForCausalLM,
+    number: int,
+    leaf: TrunkOutput,
+    batch: Batch,
+    targets: torch.Tensor,
+    weigh: Weigh,
+    scale: torch.Tensor,
+    form: LossForm,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One head's cross-entropies and their weights, [batch, time]; its logits are gone before they are learned from."""
-    logits = model.head_logits(number, leaf)
-    losses = _token_losses(logits, targets)
+    """One head's loss, summed over its tokens: weighted, scaled and to be differentiated; plain."""
+    unembedding = model.lm_head.weight
+    if unembedding.requires_grad and unembedding.grad is None:
+        unembedding.grad = torch.zeros_like(unembedding)
+    loss = LinearCrossEntropy(model.head_hidden(number, leaf), unembedding, targets, form)
     # weights are computed in fp32, whatever the model is
     with torch.no_grad(), torch.autocast(targets.device.type, enabled=False):
-        return losses, weigh(Head(number, batch, targets, logits.detach(), losses.detach()))
+        weights = weigh(Head(number, batch, targets, loss.tokens))
+    return loss.weighted_sum(weights * scale, into=unembedding.grad)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """bf16 autocast where `precision` asks for it, else nothing. Weights and gradients stay fp32."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
-
-
-def _token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy in fp32, [batch, time]; 0 where the target is -100."""
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="none")
-    return losses.view(targets.shape)

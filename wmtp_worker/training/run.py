@@ -9,27 +9,36 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from wmtp_worker.checkpoint.export import read_facts
 from wmtp_worker.checkpoint.ledger import How, Ledger, Phases, read_heartbeat
 from wmtp_worker.checkpoint.losses import summarise
 from wmtp_worker.checkpoint.manifest import read_manifest
 from wmtp_worker.checkpoint.store import sweep
-from wmtp_worker.errors import CheckpointError, DiskFullError, Interrupted, WorkerError
+from wmtp_worker.errors import (
+    CheckpointError,
+    DiskFullError,
+    Interrupted,
+    NotSafeError,
+    TrainingDiverged,
+    WorkerError,
+)
 from wmtp_worker.host.notices import NoticeWatcher
 from wmtp_worker.host.stop import StopRequest
 from wmtp_worker.host.watchdog import Watchdog
 from wmtp_worker.host.workdir import prepare
 from wmtp_worker.redact import redact
 from wmtp_worker.settings import Settings
+from wmtp_worker.settings.stages import policy_run, value_run
 from wmtp_worker.storage.layout import RunPaths, step_name
 from wmtp_worker.storage.runlock import run_lock
 from wmtp_worker.tracking.console import LogFile, logging_to_console
 from wmtp_worker.tracking.facts import describe
 from wmtp_worker.tracking.heartbeat import Heartbeat
 from wmtp_worker.tracking.metrics import MetricsLog
-from wmtp_worker.tracking.report import draw
 from wmtp_worker.tracking.session import Tracking
 from wmtp_worker.training.bucket import RunBucket
 from wmtp_worker.training.loop import train
+from wmtp_worker.training.report import note_settings, write_report
 from wmtp_worker.training.session import Session
 from wmtp_worker.training.setup import build_session, restore
 
@@ -58,7 +67,7 @@ class Summary:
         """Where to look, by what is there."""
         paths = self.paths
         named = {
-            "picture": paths.report,
+            "report": paths.record.report,
             "metrics": paths.metrics,
             "log": paths.training_log,
             "final model": paths.final,
@@ -71,10 +80,46 @@ class Summary:
 def run(settings: Settings, stop: StopRequest, console: Console) -> Summary:
     """Train a run to its end, from wherever its newest checkpoint left it, here or in the bucket.
 
-    Raises `RunHeldError`, `Interrupted` (everything is saved), `TrainingDiverged`, `DiskFullError`, `InputError`,
-    `CheckpointError`, `NotSafeError` (finished, not all is in the bucket), and the bucket's `StorageError` before the
-    training has begun; each leaves the checkpoints that were there whole.
+    A run that needs a value model which is not named trains that first, as a run of its own beside it, unless its
+    `final.pt` is here or in the bucket. Raises `RunHeldError`, `Interrupted` (everything is saved),
+    `TrainingDiverged`, `DiskFullError`, `InputError`, `CheckpointError`, `NotSafeError` (finished, not all is in the
+    bucket), and the bucket's `StorageError` before the training has begun; each leaves the checkpoints that were there
+    whole.
     """
+    not_safe: NotSafeError | None = None
+    if settings.trains_values:
+        values = value_run(settings)
+        if settings.run.stage == "value":
+            return train_run(values, stop, console)
+        if not _is_finished(values, stop, console):
+            try:
+                train_run(values, stop, console)
+            except NotSafeError as error:  # to be told, but no reason for the policy to wait
+                not_safe = error
+    summary = train_run(policy_run(settings), stop, console)
+    if not_safe is not None:
+        raise not_safe
+    return summary
+
+
+def _is_finished(settings: Settings, stop: StopRequest, console: Console) -> bool:
+    """Whether `final.pt` of a run that was trained with these settings is here now."""
+    paths = RunPaths(settings.run.workdir, settings.run.name)
+    if settings.run.resume != "auto":
+        return False
+    prepare(paths.workdir)
+    with logging_to_console(settings.logging.level, console), RunBucket(settings, paths, stop.check) as bucket:
+        bucket.fetch_final()
+        made_with = read_facts(paths.final).get("identity", {})
+        # what else is in there are digests, which the second stage compares with its own
+        finished = all(made_with.get(key) == value for key, value in settings.identity().items())
+        if finished:
+            log.info("the value model is trained: %s", paths.final)
+        return finished
+
+
+def train_run(settings: Settings, stop: StopRequest, console: Console) -> Summary:
+    """Train one run, the policy's or a value model's: see `run`."""
     started = time.perf_counter()
     phases = Phases()
     phases.done("boot")
@@ -124,6 +169,7 @@ def _run(session: Session, ledger: Ledger, console: Console, started: float) -> 
     paths, heartbeat = session.paths, session.heartbeat
     try:
         restore(session)
+        note_settings(session.settings, paths)
         ledger.phases.done("restore")
         first = session.progress.step
         with (
@@ -136,8 +182,8 @@ def _run(session: Session, ledger: Ledger, console: Console, started: float) -> 
             session.check()
             if not paths.final.exists():
                 _export(session)
-            _draw(paths)
             ledger.end("finished", session.progress.step)
+            _report(paths)
             session.tracking.mark("FINISHED")
             _publish(session)
             heartbeat.beat("done", step=session.progress.step)
@@ -146,6 +192,8 @@ def _run(session: Session, ledger: Ledger, console: Console, started: float) -> 
     except Exception as error:
         how: How = "notice" if isinstance(error, Interrupted) else "failed"
         ledger.end(how, session.progress.step, detail=redact(str(error)))
+        if isinstance(error, TrainingDiverged):
+            _report(paths)  # somebody will want to see where
         raise
 
 
@@ -195,12 +243,12 @@ def _publish(session: Session) -> None:
         )
 
 
-def _draw(paths: RunPaths) -> None:
+def _report(paths: RunPaths) -> None:
     try:
-        draw(paths.metrics, paths.report, paths.run)
+        write_report([paths.record], paths.record.report)
     except Exception as error:
-        # the training is done and saved: a picture that fails must not make it look otherwise
-        log.warning("no picture: %s", error)
+        # the training is done and saved: a page that fails must not make it look otherwise
+        log.warning("no report: %s", error, exc_info=not isinstance(error, WorkerError))
 
 
 def _train_or_save(session: Session, ledger: Ledger, console: Console) -> None:

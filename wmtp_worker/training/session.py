@@ -18,12 +18,10 @@ from wmtp_worker.checkpoint.ledger import Ledger
 from wmtp_worker.checkpoint.optimizer import expected_tensors, load_optimizer, optimizer_tensors
 from wmtp_worker.checkpoint.restore import Checkpoint
 from wmtp_worker.checkpoint.snapshot import MODEL, OPTIMIZER, Snapshot, split_frozen
-from wmtp_worker.data.dataset import Dataset
 from wmtp_worker.data.sampler import Position
 from wmtp_worker.errors import InputError, TrainingDiverged, WorkerError
 from wmtp_worker.host.stop import StopRequest
 from wmtp_worker.model.loading import load_tensors, tensors
-from wmtp_worker.model.mtp import MTPForCausalLM
 from wmtp_worker.redact import redact
 from wmtp_worker.settings import Settings
 from wmtp_worker.storage.layout import RunPaths
@@ -32,7 +30,7 @@ from wmtp_worker.tracking.metrics import MetricsLog
 from wmtp_worker.tracking.session import Tracking
 from wmtp_worker.training.bucket import RunBucket
 from wmtp_worker.training.saving import Saving
-from wmtp_worker.training.weights import Weighter
+from wmtp_worker.training.task import Task
 from wmtp_worker.weighting.statistics import MovingAverage
 
 log = logging.getLogger(__name__)
@@ -40,6 +38,7 @@ log = logging.getLogger(__name__)
 STATE = "state.json"
 SETTINGS = "settings.json"
 CONFIG = "config.json"
+VALUE_MARK = "value.objective"  # only value models have it in their identity
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -86,11 +85,8 @@ class Session:
     settings: Settings
     paths: RunPaths
     device: torch.device
-    model: MTPForCausalLM
+    task: Task
     optimizer: torch.optim.Optimizer
-    weighter: Weighter
-    train_data: Dataset
-    validation_data: Dataset
     identity: dict[str, Any]
     base_model_digest: str | None
     threads: int
@@ -109,13 +105,13 @@ class Session:
         self.saving = Saving(
             self.settings, self.paths, self.bucket, ledger, self.resumed_from, self._inspect, self._wait
         )
-        trainable, _ = split_frozen(self.model.named_parameters())
+        trainable, _ = split_frozen(self.task.model.named_parameters())
         moments = expected_tensors(self.parameter_names)
         to_come = 0
         if self.device.type == "cpu":  # gradients, and the moments of an optimizer that was not restored
             state = {} if self.optimizer.state else moments
             to_come = sum(value.nbytes for value in (*trainable.values(), *state.values()))
-        self.saving.prepare({MODEL: trainable, OPTIMIZER: moments}, tensors(self.model), to_come)
+        self.saving.prepare({MODEL: trainable, OPTIMIZER: moments}, tensors(self.task.model), to_come)
         return self.saving
 
     @property
@@ -146,7 +142,7 @@ class Session:
 
     @property
     def parameter_names(self) -> dict[torch.Tensor, str]:
-        return {parameter: name for name, parameter in self.model.named_parameters()}
+        return {parameter: name for name, parameter in self.task.model.named_parameters()}
 
     @property
     def finished(self) -> bool:
@@ -164,12 +160,12 @@ class Session:
         """Everything a checkpoint holds; the tensors are the live ones."""
         self.progress.metrics_size = self.metrics.size
         self.progress.saved_at = self.progress.step
-        trainable, frozen = split_frozen(self.model.named_parameters())
+        trainable, frozen = split_frozen(self.task.model.named_parameters())
         return Snapshot(
             step=self.progress.step,
             tensors={MODEL: trainable, OPTIMIZER: optimizer_tensors(self.optimizer, self.parameter_names)},
             documents={
-                STATE: asdict(State(self.progress, self.threads, self.device.type, self.weighter.memory.averages)),
+                STATE: asdict(State(self.progress, self.threads, self.device.type, self.task.averages)),
                 **self._documents,
             },
             facts={**self._facts, "tracking_run_id": self.tracking.run_id},
@@ -179,8 +175,9 @@ class Session:
     @cached_property
     def _documents(self) -> dict[str, Any]:
         """What never changes in a run: built once, because a save stops the training for as long."""
+        config: Any = self.task.model.config
         shown = {key: _shown(value) for key, value in self.settings.flat().items()}
-        return {SETTINGS: {"identity": self.identity, "resolved": shown}, CONFIG: self.model.config.to_dict()}
+        return {SETTINGS: {"identity": self.identity, "resolved": shown}, CONFIG: config.to_dict()}
 
     @cached_property
     def _facts(self) -> dict[str, Any]:
@@ -207,13 +204,13 @@ class Session:
         if state.progress.step != checkpoint.manifest.step:
             raise checkpoint.malformed(f"{STATE} is of step {state.progress.step}")
         where = str(checkpoint.folder)
-        load_tensors(self.model, checkpoint.model_tensors(), where)
+        load_tensors(self.task.model, checkpoint.model_tensors(), where)
         if checkpoint.manifest.kind == "trainable":
             log.warning("%s is an emergency save without the optimizer's state, which starts anew", where)
         else:
             load_optimizer(self.optimizer, self.parameter_names, checkpoint.tensors(OPTIMIZER), where)
         self.progress = state.progress
-        self.weighter.memory.averages = state.weighting
+        self.task.averages = state.weighting
         self.resumed_from = self.progress.step
         self._look_for_best()
         for what, before, now in (
@@ -234,6 +231,14 @@ class Session:
 
     def _check_settings(self, checkpoint: Checkpoint) -> None:
         saved = checkpoint.document(SETTINGS, dict[str, dict[str, Any]]).get("identity", {})
+        stages = {False: "a policy", True: "a value model"}
+        trained, wanted = VALUE_MARK in saved, VALUE_MARK in self.identity
+        if trained != wanted:
+            raise InputError(
+                f"the run {self.paths.run} trained {stages[trained]}, and is to train {stages[wanted]}",
+                where=str(checkpoint.folder),
+                fix="choose another --run-name",
+            )
         accepted = set(self.settings.run.accept_changes)
         differing = [
             f"{key}: {saved.get(key)!r} in the checkpoint, {self.identity.get(key)!r} now{self._name_of(key)}"
@@ -262,10 +267,12 @@ class Session:
 
     def _diverged(self, what: str, step: int) -> TrainingDiverged:
         good = self.newest_checkpoint or "there is none"
+        section = "value" if self.settings.run.stage == "value" else "training"
         return TrainingDiverged(
             f"{what} after step {step}; the last good checkpoint: {good}",
             where=f"run {self.paths.run}",
-            fix="lower training.lr, lengthen training.warmup_steps or set training.grad_clip, under another --run-name",
+            fix=f"lower {section}.lr, lengthen training.warmup_steps or set training.grad_clip, "
+            "under another --run-name",
         )
 
     def export(self, best: bool) -> None:
@@ -276,12 +283,13 @@ class Session:
             "run": self.paths.run,
             "step": progress.step,
             "validation": progress.validation,
+            "identity": self.identity,
             "config": self._documents[CONFIG],
         }
         if best:
-            self.saving.export(self.paths.best, progress.step, tensors(self.model), facts)
+            self.saving.export(self.paths.best, progress.step, tensors(self.task.model), facts)
         else:
-            save_weights(self.paths.final, tensors(self.model), facts)
+            save_weights(self.paths.final, tensors(self.task.model), facts)
 
 
 def _shown(value: Any) -> Any:

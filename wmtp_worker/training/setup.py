@@ -1,41 +1,27 @@
 """Stage 0: from settings to a session that is ready to train."""
 
 import logging
-from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from rich.console import Console
 
-from wmtp_worker.assets.resolve import dataset_digest, dataset_folder, model_folder, tokenizer_folder
 from wmtp_worker.checkpoint.restore import find
-from wmtp_worker.data.dataset import Dataset
-from wmtp_worker.data.formats import Format, read_split
-from wmtp_worker.data.problems import Split
-from wmtp_worker.data.sampler import PackedSampler
-from wmtp_worker.data.tokenizer import Sample, encode_all, load_tokenizer
-from wmtp_worker.data.tokenizer import digest as tokenizer_digest
-from wmtp_worker.errors import DiskFullError, InputError
+from wmtp_worker.errors import DiskFullError
 from wmtp_worker.host.device import make_deterministic, resolve_device, set_threads
 from wmtp_worker.host.limits import disk_free
 from wmtp_worker.host.stop import StopRequest
-from wmtp_worker.model.compat import Named, check_vocabulary
-from wmtp_worker.model.loading import base_digest, build, load
-from wmtp_worker.model.lora import add_lora
-from wmtp_worker.model.mtp import MTPForCausalLM
 from wmtp_worker.settings import Settings
 from wmtp_worker.storage.atomic import set_aside
 from wmtp_worker.storage.layout import RunPaths
 from wmtp_worker.tracking.heartbeat import Heartbeat
 from wmtp_worker.training.bucket import RunBucket
-from wmtp_worker.training.columns import Policy, add_columns
 from wmtp_worker.training.scores import Scorer
 from wmtp_worker.training.session import Session
-from wmtp_worker.training.weights import Weighter
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from wmtp_worker.training.splits import order
+from wmtp_worker.training.stages import policy_task, value_task
+from wmtp_worker.training.task import Task
 
 log = logging.getLogger(__name__)
 
@@ -56,43 +42,26 @@ def build_session(
         bucket.check()
         heartbeat.beat(phase)
 
-    def poll_data() -> None:
-        poll("data")
-
-    poll_data()
-    folder, tokens = dataset_folder(settings), tokenizer_folder(settings)
-    tokenizer = load_tokenizer(tokens)
-    train_data = load_split(settings, folder, "train", tokenizer, poll_data)
-    validation_data = load_split(settings, folder, "validation", tokenizer, poll_data)
-    poll("model")
-    with heartbeat.during("model"):
-        base = model_folder(settings)
-        model = load(base, settings.model.heads) if base else build(settings, tokenizer)
-        check_fit(settings, model, tokenizer)
-        if settings.lora.rank:
-            add_lora(model, **settings.lora.model_dump(), seed=settings.run.seed)
-        base_model_digest = base_digest(base, stop.check) if base else None
-    policy = Policy(Named(f"the policy ({tokens})", tokenizer), tokenizer_digest(tokens))
-    train_data, frozen = add_columns(settings, train_data, policy, Scorer(settings, device, poll, heartbeat, console))
-    # what these hold counts, not where it lies
-    digests = {
-        "data.dataset": dataset_digest(folder, data_format(settings)),
-        "model.tokenizer": policy.digest,
-        "model.path": base_model_digest,
-        **frozen,
-    }
-    model.to(device).train()  # type: ignore[arg-type]  # transformers hides nn.Module.to's signature
+    task: Task
+    if settings.run.stage == "value":
+        task, digests = value_task(settings, device, poll, heartbeat)
+    else:
+        scorer = Scorer(settings, device, poll, heartbeat, console)
+        task, digests = policy_task(settings, device, poll, heartbeat, scorer)
+    model: torch.nn.Module = task.model
+    model.to(device).train()
     return Session(
         settings=settings,
         paths=paths,
         device=device,
-        model=model,
+        task=task,
         optimizer=_optimizer(settings, model),
-        weighter=Weighter(settings.weighting, settings.run.seed, lambda: model.lm_head.weight),
-        train_data=train_data,
-        validation_data=validation_data,
-        identity={**settings.identity(), **{key: digest and f"sha256 {digest}" for key, digest in digests.items()}},
-        base_model_digest=base_model_digest,
+        identity={
+            **settings.identity(),
+            **order(settings),
+            **{key: digest and f"sha256 {digest}" for key, digest in digests.items()},
+        },
+        base_model_digest=digests.get("value.backbone") or digests["model.path"],
         threads=threads,
         stop=stop,
         heartbeat=heartbeat,
@@ -100,55 +69,7 @@ def build_session(
     )
 
 
-def load_split(
-    settings: Settings, folder: Path, split: Split, tokenizer: "PreTrainedTokenizerFast", poll: Callable[[], None]
-) -> Dataset:
-    """Read and tokenize one split; `poll` is called before each sample and may raise to stop. Raises `InputError`."""
-    limit = settings.data.sequence_length
-    # what the policy is to be good at is the right ones, whatever it learns from
-    solutions = settings.data.solutions if split == "train" else "correct"
-    samples: list[Sample] = []
-    for number, problem in enumerate(read_split(folder, split, data_format(settings))):
-        poll()
-        samples += encode_all(tokenizer, problem, number, solutions)
-    if not samples:
-        raise InputError(
-            f"no {split} problem has a correct Python solution",
-            where=str(folder),
-            fix="label them by running them: wmtp data label DATA FOLDER",
-        )
-    fitting = [sample for sample in samples if len(sample.ids) <= limit]
-    if not fitting:
-        raise InputError(
-            f"every {split} sample is longer than data.sequence_length={limit} tokens",
-            where=str(folder),
-            fix=f"set data.sequence_length to {min(len(sample.ids) for sample in samples)} or more",
-        )
-    if left_out := len(samples) - len(fitting):
-        log.warning("%d of %d %s samples are longer than %d tokens: left out", left_out, len(samples), split, limit)
-    lengths = [len(sample.ids) for sample in fitting]
-    sampler = PackedSampler(lengths, limit, settings.run.seed, settings.data.packing)
-    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return Dataset(fitting, sampler, limit, pad_id)
-
-
-def data_format(settings: Settings) -> Format | None:
-    """`data.format`; None: to be found out."""
-    return None if settings.data.format == "auto" else settings.data.format
-
-
-def check_fit(settings: Settings, model: MTPForCausalLM, tokenizer: "PreTrainedTokenizerFast") -> None:
-    longest = model.config.max_position_embeddings
-    if settings.data.sequence_length > longest:
-        raise InputError(
-            f"data.sequence_length={settings.data.sequence_length} is longer than the model's {longest} positions",
-            where=settings.sources.get("data.sequence_length", "settings"),
-            fix=f"set data.sequence_length to {longest} or less",
-        )
-    check_vocabulary(Named("model.tokenizer", tokenizer), "the policy", model.config.vocab_size)
-
-
-def _optimizer(settings: Settings, model: MTPForCausalLM) -> torch.optim.AdamW:
+def _optimizer(settings: Settings, model: torch.nn.Module) -> torch.optim.AdamW:
     """AdamW; matrices decay, norms do not."""
     training = settings.training
 
@@ -199,7 +120,7 @@ def _go_on(session: Session) -> None:
         obsolete.append(paths.final)
     if anew or rewound:
         # the checkpoints go last: killed before that, the same command finds the same to do
-        record = [paths.metrics, paths.report] if anew else []
+        record = [paths.metrics, paths.record.weights, paths.record.report] if anew else []
         obsolete += [paths.best, *record, *later]
     if obsolete := [path for path in obsolete if path.exists()]:
         log.info("set aside %d items of the earlier run in %s", len(obsolete), set_aside(paths.checkpoints, obsolete))
@@ -220,7 +141,7 @@ def _warn_of_fresh_start(session: Session, damaged: bool) -> None:
 
 
 def _check_disk(session: Session) -> None:
-    parameters = list(session.model.parameters())
+    parameters = list(session.task.model.parameters())
     needed = sum(parameter.numel() for parameter in parameters) * _BYTES_OF_WEIGHT
     needed += sum(parameter.numel() for parameter in parameters if parameter.requires_grad) * _BYTES_OF_MOMENTS
     free = disk_free(session.paths.checkpoints)
@@ -236,14 +157,12 @@ def _check_disk(session: Session) -> None:
 
 
 def _log_facts(session: Session) -> None:
-    parameters = sum(parameter.numel() for parameter in session.model.parameters())
+    parameters = sum(parameter.numel() for parameter in session.task.model.parameters())
     log.info(
-        "run %s: %.1f M parameters, %d heads, %d training and %d validation samples, %s, %d threads",
+        "run %s: %.1f M parameters, %s, %s, %d threads",
         session.paths.run,
         parameters / 1e6,
-        session.model.heads,
-        len(session.train_data.samples),
-        len(session.validation_data.samples),
+        session.task,
         session.device,
         session.threads,
     )

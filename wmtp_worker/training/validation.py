@@ -30,6 +30,10 @@ class Validation:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    def __str__(self) -> str:
+        accuracy = " ".join(f"{share:.1%}" for share in self.head_accuracy)
+        return f"loss {self.loss:.4f}  perplexity of head 1 {self.perplexity:.2f}  accuracy by head {accuracy}"
+
 
 @torch.no_grad()
 def validate(

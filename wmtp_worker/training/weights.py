@@ -1,7 +1,8 @@
 """The weights of a step's tokens: a family, a control, the normalisation, and what there is to log about them."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any, Self
 
 import torch
 
@@ -19,7 +20,7 @@ from wmtp_worker.training.loss import Head, Weigh
 from wmtp_worker.weighting import random_matched, shuffled
 from wmtp_worker.weighting.normalise import normalise
 from wmtp_worker.weighting.spans import sequences
-from wmtp_worker.weighting.summary import clipped_share, summarise
+from wmtp_worker.weighting.summary import clipped_share, histogram, summarise
 
 
 class Weighter:
@@ -31,15 +32,19 @@ class Weighter:
     head is trained by. Controls draw from (seed, step) alone: `memory.averages` is all there is to save.
     """
 
-    def __init__(self, settings: WeightingSettings, seed: int, unembedding: Callable[[], torch.Tensor]) -> None:
-        """`unembedding`: gives the policy's own, [vocabulary, hidden_size], as it is now."""
+    def __init__(self, settings: WeightingSettings, seed: int) -> None:
         self._settings = settings
         self._seed = seed
-        self._unembedding = unembedding
         self.memory = Memory(settings.ema_decay, settings.warmup)
         self._chance = torch.Generator()
         # of this step: weights before and after the normalisation, and which are of labelled positions
         self._given: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def aside(self) -> Self:
+        """One that weighs as this one would now; what it weighs leaves no trace here."""
+        other = type(self)(self._settings, self._seed)
+        other.memory.averages = dict(self.memory.averages)
+        return other
 
     def begin(self, step: int, batches: Sequence[Batch], targets: Sequence[torch.Tensor]) -> list[Weigh]:
         """One `Weigh` for each micro-batch of a step, whose heads it must be asked about in their order.
@@ -59,13 +64,18 @@ class Weighter:
         weights = self._normalised(torch.cat(raw), torch.cat(masks)).split([len(one) for one in raw])
         return [_known(one) for one in weights]
 
-    def end(self) -> dict[str, float]:
-        """Close the step: the averages take it in. Returns what there is to log about its weights."""
+    def end(self, counted: bool = False) -> dict[str, Any]:
+        """Close the step: the averages take it in. Returns what there is to log about its weights, numbers by name.
+
+        `counted`: with their `weight_histogram` (`weighting.bins`), where they differ at all.
+        """
         settings = self._settings
         raw, weights, labelled = (
             torch.cat([tensor.flatten() for tensor in tensors]) for tensors in zip(*self._given, strict=True)
         )
-        facts = summarise(weights, labelled)
+        facts: dict[str, Any] = summarise(weights, labelled)
+        if counted and facts.get("weight_std"):
+            facts["weight_histogram"] = histogram(weights, labelled)
         if settings.normalise == "mean1_clip":
             facts["weight_clip_ratio"] = clipped_share(weights, labelled, settings.min, settings.max)
         if is_exponential(settings):
@@ -78,9 +88,10 @@ class Weighter:
         return facts
 
     def _while_it_runs(self, head: Head) -> torch.Tensor:
-        if not torch.isfinite(head.losses).all():
-            return torch.ones_like(head.losses)  # the run has diverged: its loss will tell
-        raw = after_the_policy(self._settings, head, self._unembedding(), self.memory)
+        losses = head.losses
+        if not torch.isfinite(losses).all():
+            return torch.ones_like(losses)  # the run has diverged: its loss will tell
+        raw = after_the_policy(self._settings, head, self.memory)
         labelled = (head.targets != IGNORE)[..., None]
         raw = self._control(raw, labelled, head.batch.segment_ids)
         return self._normalised(raw, labelled)[..., 0]
@@ -107,4 +118,4 @@ class Weighter:
 
 
 def _known(weights: torch.Tensor) -> Weigh:
-    return lambda head: weights[..., head.number - 1].to(head.losses.device)
+    return lambda head: weights[..., head.number - 1].to(head.targets.device)

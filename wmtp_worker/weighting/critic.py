@@ -51,6 +51,22 @@ def gae(errors: torch.Tensor, segment_ids: torch.Tensor, gamma: float = 1.0, lam
     return advantages
 
 
+def lambda_returns(
+    values: torch.Tensor, rewards: torch.Tensor, segment_ids: torch.Tensor, gamma: float = 1.0, lam: float = 0.95
+) -> torch.Tensor:
+    """What V_t should have been, seen from the end of the sequence: float32 [batch, time], without gradient.
+
+    The λ-return G_t = (1-λ) Σ_n λ^(n-1) G_{t:t+n} (Sutton & Barto 2018, eq. 12.2 and 12.3, with the n-step returns of
+    eq. 7.1), which is r_{t+1} + γ((1-λ) V_{t+1} + λ G_{t+1}), and r_{t+1} where token t+1 is the last. It equals
+    V_t + A_{t+1}. At the last token itself it is the reward: there the outcome is known. Arguments as for `td_errors`;
+    with λ = 1 the values cancel out, and the discounted reward is left.
+    """
+    advantages = gae(td_errors(values, rewards, segment_ids, gamma), segment_ids, gamma, lam)
+    later = torch.zeros_like(advantages)
+    later[:, :-1] = advantages[:, 1:]
+    return torch.where(_same_as_next(segment_ids), values.detach().float() + later, rewards.detach().float())
+
+
 def weights(advantages: torch.Tensor, labelled: torch.Tensor, beta: float, low: float, high: float) -> torch.Tensor:
     """`clip(exp(A / β), low, high)` of the token that each head predicts.
 

@@ -24,6 +24,16 @@ def sequences(segment_ids: torch.Tensor) -> torch.Tensor:
     return rows * (segment_ids.max() + 1) + segment_ids
 
 
+def last_tokens(segment_ids: torch.Tensor) -> torch.Tensor:
+    """bool [batch, time]: whether a token is the last of its sequence; padding, segment 0, has none.
+
+    `segment_ids`: int64 [batch, time]. Selecting by it gives the sequences row by row, from left to right.
+    """
+    last = segment_ids != 0
+    last[:, :-1] &= segment_ids[:, :-1] != segment_ids[:, 1:]
+    return last
+
+
 def sequence_softmax(scores: torch.Tensor, labelled: torch.Tensor, sequence: torch.Tensor) -> torch.Tensor:
     """Softmax over the labelled positions of each sequence, for each head apart.
 

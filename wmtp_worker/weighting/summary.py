@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from wmtp_worker.weighting.bins import EDGES
+
 
 def summarise(weights: torch.Tensor, labelled: torch.Tensor) -> dict[str, float]:
     """`weight_mean`, `_std`, `_min`, `_max` and `_entropy` over the labelled entries; empty without any.
@@ -30,3 +32,15 @@ def clipped_share(weights: torch.Tensor, labelled: torch.Tensor, low: float, hig
     chosen = weights[labelled]
     at_bound = (chosen <= low * (1 + 1e-6)) | (chosen >= high * (1 - 1e-6))
     return float(at_bound.float().mean()) if chosen.numel() else 0.0
+
+
+def histogram(weights: torch.Tensor, labelled: torch.Tensor) -> list[int]:
+    """How many of the labelled weights are 0, up to each of `bins.EDGES`, and above the last: len(EDGES) + 2 counts.
+
+    `weights`: float32, any shape; `labelled`: bool, same shape.
+    """
+    chosen = weights[labelled].to("cpu", torch.float64)
+    above_zero = chosen[chosen > 0]
+    bins = torch.bucketize(above_zero, torch.tensor(EDGES, dtype=torch.float64))
+    counts: list[int] = torch.bincount(bins, minlength=len(EDGES) + 1).tolist()
+    return [len(chosen) - len(above_zero), *counts]

@@ -1,0 +1,121 @@
+"""Steps of a few shapes on one CPU thread: predicted by `wmtp plan`'s formulas, and measured; memory likewise.
+
+CPU seconds: each prediction from speeds measured right before the step that it is compared with, alternated, medians.
+Memory: the bytes of all live tensors at their most, without the process's own.
+"""
+
+import os
+import sys
+import time
+import weakref
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from common import median, record
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from wmtp_worker.data.packing import Batch
+from wmtp_worker.data.tokenizer import PACKAGED, load_tokenizer
+from wmtp_worker.model.loading import build
+from wmtp_worker.planning.measure import measure, predict
+from wmtp_worker.planning.memory import Step, parts
+from wmtp_worker.planning.policy import Shape
+from wmtp_worker.settings import load
+from wmtp_worker.training.loss import head_losses_backward, mtp_labels
+
+ROUNDS = 7
+WIDER = ("model.hidden_size=256", "model.intermediate_size=704", "model.attention_heads=4", "model.key_value_heads=2")
+RUNS = {
+    "128 wide, 4 layers, n = 1": ("smoke", ("model.heads=1",)),
+    "128 wide, 4 layers, n = 4": ("smoke", ()),
+    "256 wide, 4 layers, n = 2": ("smoke", (*WIDER, "model.heads=2")),
+    "256 wide, 6 layers, n = 4": ("local-light", ()),
+    "256 wide, 6 layers, n = 4, two micro-batches": (
+        "local-light",
+        ("training.accumulation=2", "training.micro_batch_size=2"),
+    ),
+}
+
+
+class Live(TorchDispatchMode):
+    """The bytes of all tensors that are alive, and the most there ever were."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.sizes, self.now, self.peak = {}, 0, 0
+        for tensor in known:
+            self.add(tensor)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.add(leaf)
+        return result
+
+    def add(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.sizes:
+            self.sizes[storage._cdata] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, lambda key: setattr(self, "now", self.now - self.sizes.pop(key)), storage._cdata)
+
+
+def one(preset, overrides):
+    settings = load(preset=preset, overrides=overrides, environ={})
+    training, length = settings.training, settings.data.sequence_length
+    model = build(settings, load_tokenizer(PACKAGED))
+    shape = Shape.of(model)
+    step = Step(training.micro_batch_size, length, training.precision, cuda=False)
+    ids = torch.randint(0, shape.vocabulary, (step.rows, length))
+    positions, segments = torch.arange(length).repeat(step.rows, 1), torch.ones_like(ids)
+    batch, targets = Batch(ids, ids, positions, segments), mtp_labels(ids, segments, model.heads)
+    counts = torch.full((model.heads,), float(ids.numel()))
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+    def take():
+        optimizer.zero_grad(set_to_none=True)
+        for _ in range(training.accumulation):
+            head_losses_backward(model, batch, targets, lambda head: torch.ones_like(head.losses), counts, "fp32")
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    take()  # the first one allocates
+    ratios, predicted, measured = [], [], []
+    for _ in range(ROUNDS):
+        before = predict(shape, step, training.accumulation, measure(shape, step, time.process_time))
+        begun = time.process_time()
+        take()
+        taken = time.process_time() - begun
+        after = predict(shape, step, training.accumulation, measure(shape, step, time.process_time))
+        predicted.append((before + after) / 2)
+        measured.append(taken)
+        ratios.append(predicted[-1] / taken)
+    with Live([parameter.data for parameter in model.parameters()]) as live:
+        for state in optimizer.state.values():
+            for tensor in state.values():
+                live.add(tensor)
+        take()
+    planned = sum(part.bytes for part in parts(shape, step) if part.name != "process")
+    return {
+        "CPU s predicted": median(predicted),
+        "CPU s measured": median(measured),
+        "time ratio": median(ratios),
+        "MB planned": round(planned / 1e6, 1),
+        "MB measured": round(live.peak / 1e6, 1),
+        "memory ratio": round(planned / live.peak, 3),
+    }
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    record("plan", {"runs": {name: one(*run) for name, run in RUNS.items()}})
+
+
+if __name__ == "__main__":
+    main()
