@@ -22,7 +22,7 @@ from wmtp_worker.data.sampler import Position
 from wmtp_worker.errors import InputError, TrainingDiverged, WorkerError
 from wmtp_worker.host.stop import StopRequest
 from wmtp_worker.model.loading import load_tensors, tensors
-from wmtp_worker.redact import redact
+from wmtp_worker.redact import redact, redact_values
 from wmtp_worker.settings import Settings
 from wmtp_worker.storage.layout import RunPaths
 from wmtp_worker.tracking.heartbeat import Heartbeat
@@ -176,7 +176,7 @@ class Session:
     def _documents(self) -> dict[str, Any]:
         """What never changes in a run: built once, because a save stops the training for as long."""
         config: Any = self.task.model.config
-        shown = {key: _shown(value) for key, value in self.settings.flat().items()}
+        shown = redact_values(self.settings.flat())
         return {SETTINGS: {"identity": self.identity, "resolved": shown}, CONFIG: config.to_dict()}
 
     @cached_property
@@ -290,13 +290,6 @@ class Session:
             self.saving.export(self.paths.best, progress.step, tensors(self.task.model), facts)
         else:
             save_weights(self.paths.final, tensors(self.task.model), facts)
-
-
-def _shown(value: Any) -> Any:
-    """A setting's value without secrets."""
-    if isinstance(value, list):
-        return [_shown(item) for item in value]
-    return redact(value) if isinstance(value, str) else value
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
