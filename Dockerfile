@@ -57,6 +57,8 @@ ARG VERSION=0.1.0
 ARG REVISION=unknown
 ARG CREATED=unknown
 ARG SOURCE=unknown
+# for the record of each run
+ENV WMTP_GIT_COMMIT=${REVISION}
 LABEL org.opencontainers.image.title="wmtp-worker" \
       org.opencontainers.image.description="Trains weighted multi-token prediction models and survives the loss of its machine" \
       org.opencontainers.image.licenses="MIT" \

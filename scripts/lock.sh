@@ -44,3 +44,5 @@ lock() {
 arguments=("$@")
 lock runtime runtime.in
 lock dev runtime.in dev.in
+arguments+=(--no-deps)
+lock mlflow-server mlflow-server.in

@@ -48,6 +48,23 @@ azurite() {
   npm --prefix "$to" ci --ignore-scripts --no-audit --no-fund --loglevel error && cp "$from/package-lock.json" "$to/installed"
 }
 
+# MLflow's server, in an environment of its own that sees this one's packages, with nginx and PostgreSQL from Debian.
+mlflow_server() {
+  local lock=requirements/mlflow-server.txt to=.cache/mlflow purelib='import sysconfig; print(sysconfig.get_path("purelib"))'
+  if [[ ! -x /usr/sbin/nginx || -z $(find /usr/lib/postgresql -name initdb 2>/dev/null) ]]; then
+    if ! apt_command nginx-light >/dev/null; then
+      say "there is no nginx or PostgreSQL: the tests of MLflow's server will be skipped"
+      return
+    fi
+    apt_install "there is no nginx or PostgreSQL" nginx-light postgresql openssl
+  fi
+  if cmp --silent "$lock" "$to/installed"; then return; fi
+  rm -rf "$to"
+  "$venv/bin/python" -m venv --without-pip "$to"
+  "$venv/bin/python" -c "$purelib" >"$("$to/bin/python" -c "$purelib")/of-the-tests.pth"
+  PIP_PYTHON=$to/bin/python pip_install --no-deps --require-hashes -r "$lock" && cp "$lock" "$to/installed"
+}
+
 # A pretrained model, for the tests that train or read a real one.
 models() {
   local stamp=$venv/.wmtp-models
@@ -80,6 +97,7 @@ _main() {
   ensure_venv dev
   export PATH=$venv/bin:$PATH
   stage models models
+  stage mlflow mlflow_server
   lint
   if ((${#failed[@]} > 0)); then
     say "failed: $(printf '%s, ' "${failed[@]}" | sed 's/, $//') (the tests were not run)"

@@ -62,7 +62,7 @@ def _heed_signals():
 def _clean_environment(monkeypatch):
     """No setting of the person who runs the tests reaches the code under test."""
     for name in list(os.environ):
-        if name.startswith(("WMTP_", "CLOUD_")) and name not in FOR_THE_TESTS:
+        if name.startswith(("WMTP_", "CLOUD_", "MLFLOW_")) and name not in FOR_THE_TESTS:
             monkeypatch.delenv(name)
 
 
@@ -125,7 +125,7 @@ def run_record() -> Callable[..., dict[str, Any]]:
 
         paths = RunPaths(workdir, run)
         timeless = [
-            {key: value for key, value in line.items() if key not in ("seconds", "wait")}
+            {key: value for key, value in line.items() if key not in ("seconds", "wait", "time")}
             for line in read(paths.metrics)
         ]
         last = max(paths.checkpoints.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from wmtp_worker.redact import MASK, RedactingFilter, Redactor, redact
+from wmtp_worker.redact import MASK, RedactingFilter, Redactor, redact, redact_values
 
 SECRET = "p1anted/s3cret+value"
 
@@ -136,3 +136,9 @@ def test_arguments_that_do_not_fit_are_shown_not_lost(log):
     logger, stream = log
     logger.info("two %s %s", SECRET)
     assert stream.getvalue() == f"two %s %s ('{MASK}',)\n"
+
+
+def test_lists_of_settings_hold_no_secrets(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "planted-secret")
+    shown = redact_values({"tags": ["note=planted-secret", "a=b"], "name": "planted-secret", "step": 3, "none": None})
+    assert shown == {"tags": [f"note={MASK}", "a=b"], "name": MASK, "step": 3, "none": None}

@@ -56,6 +56,17 @@ def redact(text: str) -> str:
     return Redactor()(text)
 
 
+def redact_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by name, or other JSON values, without secrets in their texts and lists of texts."""
+    return {key: _redact_value(value) for key, value in values.items()}
+
+
+def _redact_value(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_redact_value(item) for item in value]
+    return redact(value) if isinstance(value, str) else value
+
+
 class RedactingFilter(logging.Filter):
     """Put on a handler, it redacts the finished message, the traceback and the stack of every record."""
 

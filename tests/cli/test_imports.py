@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-SDKS = ("boto3", "botocore", "s3transfer", "obstore", "google.cloud", "google.auth", "azure")
+SDKS = ("boto3", "botocore", "s3transfer", "obstore", "google.cloud", "google.auth", "azure", "mlflow")
 REPORT = """
 import json, sys
 from wmtp_worker.cli import main

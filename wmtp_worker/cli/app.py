@@ -15,6 +15,7 @@ from wmtp_worker.cli.plan import plan
 from wmtp_worker.cli.report import report
 from wmtp_worker.cli.settings import app as settings_app
 from wmtp_worker.cli.sync import app as sync_app
+from wmtp_worker.cli.tracking import app as tracking_app
 from wmtp_worker.cli.train import train
 
 app = typer.Typer(
@@ -34,6 +35,7 @@ app.add_typer(assets_app, name="assets")
 app.add_typer(models_app, name="models")
 app.add_typer(data_app, name="data")
 app.add_typer(sync_app, name="sync")
+app.add_typer(tracking_app, name="tracking")
 app.command()(doctor)
 app.add_typer(settings_app, name="settings")
 
@@ -71,6 +73,8 @@ def wmtp(
     wmtp data label mbpp.jsonl pairs        [dim]which solutions are right, by running them[/dim]
 
     wmtp sync pull s3://bucket/logs logs    [dim]copy what differs, either way[/dim]
+
+    wmtp tracking check                     [dim]is the MLflow server fit? open: runs without one[/dim]
 
     wmtp settings show --preset production  [dim]every setting and its source[/dim]
 

@@ -15,6 +15,7 @@ def contradictions(settings: Settings, given: dict[str, Given], needs_bucket: bo
     yield from _model(settings, given)
     yield from _training(settings)
     yield from _weighting(settings)
+    yield from _tracking(settings)
     if settings.trains_values:
         yield from _value(settings, given)
     yield from _cloud(settings, needs_bucket)
@@ -116,6 +117,28 @@ def _weighting(settings: Settings) -> Iterator[Problem]:
     if weighting.family == "grpo" and settings.data.solutions != "all":
         what = f"{chosen} compares right and wrong solutions, but data.solutions=correct leaves the wrong ones out"
         yield Problem(what, settings.sources["data.solutions"], "set data.solutions=all")
+
+
+def _tracking(settings: Settings) -> Iterator[Problem]:
+    tracking, sources = settings.tracking, settings.sources
+    if tracking.uri is not None:
+        where, scheme = sources["tracking.uri"], tracking.uri.partition(":")[0]
+        try:
+            parts = urlsplit(tracking.uri)
+            host, secret = parts.hostname, parts.username or parts.password
+        except ValueError:
+            host, secret = None, None
+        if scheme not in ("http", "https", "file", "sqlite") or (scheme in ("http", "https") and not host):
+            fix = "write https://host, http://host:port, file:/a/folder or sqlite:////a/file.db"
+            yield Problem(f"tracking.uri={tracking.uri!r} is no address of an MLflow server or store", where, fix)
+        elif secret:
+            fix = "drop them, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            yield Problem("tracking.uri has credentials in it", where, fix)
+    for tag in tracking.tags:
+        name, equals, value = tag.partition("=")
+        if not (name.strip() and equals and value):
+            fix = "write tracking.tags=name=value,other=value"
+            yield Problem(f"{tag!r} in tracking.tags is no tag", sources["tracking.tags"], fix)
 
 
 def _value(settings: Settings, given: dict[str, Given]) -> Iterator[Problem]:

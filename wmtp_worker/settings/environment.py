@@ -22,6 +22,8 @@ SHORT: Mapping[str, str] = MappingProxyType(
         "CLOUD_BUCKET": "cloud.bucket",
         "CLOUD_PREFIX": "cloud.prefix",
         "CLOUD_ENDPOINT_URL": "cloud.endpoint_url",
+        "MLFLOW_TRACKING_URI": "tracking.uri",
+        "MLFLOW_EXPERIMENT_NAME": "tracking.experiment",
         "S3_BUCKET_NAME": "cloud.bucket",
         "BUCKET_NAME": "cloud.bucket",
     }
@@ -36,6 +38,8 @@ OTHER: Mapping[str, str] = MappingProxyType(
         "WMTP_ENV_FILE": "file to read instead of ./.env",
         "WMTP_VENV": "where start.sh and test.sh keep their Python environment (.venv at the root)",
         "WMTP_IMAGE": "set to 1 by the image: use its Python and make no environment",
+        "WMTP_IMAGE_DIGEST": "digest of the image that runs, for the record of a run",
+        "WMTP_GIT_COMMIT": "commit of the worker that runs, for the record of a run (found out in a checkout)",
         "WMTP_STOP_GRACE_SECONDS": "seconds from SIGTERM to SIGKILL on this host (not known: a full save is tried)",
         "WMTP_BASE_IMAGE": "base image of the container tests",
         "WMTP_REQUIRE_CONTAINERS": "1 makes the container tests fail, not skip, where there is no Docker engine",

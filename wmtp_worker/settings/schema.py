@@ -287,6 +287,25 @@ class CheckpointSettings(Section):
 class LoggingSettings(Section):
     level: Literal["debug", "info", "warning", "error"] = Field(description="least important messages shown")
     every: Positive = Field(description="steps between lines of progress")
+    format: Literal["text", "json"] = Field(description="lines of the log for people, or one JSON object each")
+
+
+class TrackingSettings(Section):
+    uri: Text | None = Field(
+        description="MLflow server (https://…), or a store on this machine (file:… or sqlite:…); null: the record "
+        "stays in the work directory and goes to the bucket, for wmtp tracking open"
+    )
+    experiment: Text | None = Field(description="name of the experiment; null means <experiment_prefix>/<recipe>")
+    experiment_prefix: Text | None = Field(description="beginning of the experiment's name; null: none")
+    tags: list[str] = Field(description="further tags of the run, each as name=value")
+    environment: Text | None = Field(description="the tag env; null: found out, as ec2-container or local")
+    model_version: Text | None = Field(description="the tag model_version; null: the model's name and digest")
+    best_model: Literal["link", "upload", "move"] = Field(
+        description="best_model.pt of a finished run: link says where it is, upload sends it to the server, move also "
+        "removes it here"
+    )
+    system_seconds: NotNegative = Field(description="seconds between measures of the machine's use; 0: none")
+    close_seconds: NotNegative = Field(description="seconds to wait at the end of a run for what the server lacks")
 
 
 class CloudSettings(Section):
@@ -338,6 +357,7 @@ class Settings(Section):
     evaluation: EvaluationSettings
     checkpoint: CheckpointSettings
     logging: LoggingSettings
+    tracking: TrackingSettings
     cloud: CloudSettings
 
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)
@@ -403,7 +423,7 @@ class Settings(Section):
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-_NOT_IDENTITY_SECTIONS = frozenset({"recipe", "preset", "run", "host", "checkpoint", "logging", "cloud"})
+_NOT_IDENTITY_SECTIONS = frozenset({"recipe", "preset", "run", "host", "checkpoint", "logging", "tracking", "cloud"})
 _NOT_IDENTITY = frozenset(
     {
         "model.path",

@@ -19,6 +19,7 @@ SECRETS: Mapping[str, str] = MappingProxyType(
         "HF_TOKEN": "token for private models on the Hugging Face hub",
         "MLFLOW_TRACKING_USERNAME": "user of the MLflow server",
         "MLFLOW_TRACKING_PASSWORD": "password of the MLflow server",
+        "MLFLOW_TRACKING_TOKEN": "token of an MLflow server that wants one instead",
     }
 )
 SECRET_VARIABLES: tuple[str, ...] = tuple(SECRETS)

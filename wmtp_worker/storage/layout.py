@@ -9,6 +9,7 @@ The work directory mirrors the bucket, so nearly every key below is valid in bot
     checkpoints/<run>/final.pt         best_model.pt   heartbeat.json
     logs/<run>/…                       training.log   settings.json   metrics.jsonl   weights.jsonl   ledger.jsonl
                                        report.html
+    mlflow/<run>/…                     run.json   servers.json   system.jsonl: what MLflow is told besides the metrics
 
 In the bucket several workers may believe that the run is theirs. So what one publishes there lies under keys that carry
 the epoch of its lease (none for epoch 0, that of workers without lease), and the manifest says which::
@@ -105,7 +106,8 @@ class RunPaths:
     def key(self, path: Path) -> str:
         """The key in the bucket of a file, or (ending in `/`) the prefix of a folder, of this run."""
         key = path.relative_to(self.workdir).as_posix()
-        return f"{key}/" if path in (self.checkpoints, self.logs) or parse_step(path.name) is not None else key
+        is_folder = path in (self.checkpoints, self.logs, self.tracking) or parse_step(path.name) is not None
+        return f"{key}/" if is_folder else key
 
     @property
     def shared(self) -> Path:
@@ -139,6 +141,26 @@ class RunPaths:
     @property
     def logs(self) -> Path:
         return self.workdir / "logs" / self.run
+
+    @property
+    def tracking(self) -> Path:
+        return self.workdir / "mlflow" / self.run
+
+    @property
+    def tracking_record(self) -> Path:
+        return self.tracking / "run.json"
+
+    @property
+    def tracking_servers(self) -> Path:
+        return self.tracking / "servers.json"
+
+    @property
+    def system(self) -> Path:
+        return self.tracking / "system.jsonl"
+
+    @property
+    def tracking_lock(self) -> Path:
+        return self.checkpoints / ".tracking.lock"
 
     @property
     def training_log(self) -> Path:

@@ -183,7 +183,8 @@ class RunSync:
 
     def fetch_logs(self) -> None:
         """Download the run's logs, in place of the local ones; one that cannot be had is left out with a warning."""
-        _warn(self.transfer.pull(self.paths.key(self.paths.logs), self.paths.logs), "fetched")
+        for folder in (self.paths.logs, self.paths.tracking):
+            _warn(self.transfer.pull(self.paths.key(folder), folder), "fetched")
 
     def read_heartbeat(self) -> dict[str, Any] | None:
         """What the last worker said of itself in `heartbeat.json`; None where that cannot be understood."""
@@ -227,8 +228,9 @@ class RunSync:
     def publish_logs(self) -> None:
         """Upload what is new in the run's logs; one that cannot be sent is left out with a warning."""
         self.catalogue.ensure()
-        if self.paths.logs.is_dir():
-            _warn(self.transfer.push(self.paths.logs, self.paths.key(self.paths.logs)), "uploaded")
+        for folder in (self.paths.logs, self.paths.tracking):
+            if folder.is_dir():
+                _warn(self.transfer.push(folder, self.paths.key(folder)), "uploaded")
 
     def prune(self, keep_last: int, newest: int, keep_every: int = 0) -> list[int]:
         """Delete old checkpoints from the bucket; see `retention.Retention`."""

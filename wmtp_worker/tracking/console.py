@@ -1,5 +1,6 @@
 """Logging to the console and to `training.log`, and a progress bar where somebody is watching."""
 
+import json
 import logging
 import sys
 from collections.abc import Iterator
@@ -7,7 +8,7 @@ from contextlib import contextmanager, suppress
 from logging.handlers import MemoryHandler, RotatingFileHandler
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -28,17 +29,37 @@ LOGGER = "wmtp_worker"
 _FORMAT = "%(asctime)s %(levelname)-7s %(message)s"
 _LOG_BYTES = 10_000_000
 _EARLY_RECORDS = 100_000
+Form = Literal["text", "json"]
+
+
+class _JsonFormatter(logging.Formatter):
+    """One JSON object a line, for machines that collect logs."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": round(record.created, 3),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_text:  # the redacting filter has made it
+            line["exception"] = record.exc_text
+        return json.dumps(line, ensure_ascii=False)
+
+
+def _formatter(form: Form) -> logging.Formatter:
+    return _JsonFormatter() if form == "json" else logging.Formatter(_FORMAT)
 
 
 @contextmanager
-def logging_to_console(level: str, console: Console) -> Iterator[None]:
+def logging_to_console(level: str, console: Console, form: Form = "text") -> Iterator[None]:
     """While it lasts, what this package logs goes to `console`, from `level` on."""
     screen: logging.Handler
-    if console.is_terminal:
+    if console.is_terminal and form == "text":
         screen = RichHandler(console=console, show_path=False, omit_repeated_times=False, log_time_format="%H:%M:%S")
     else:
         screen = logging.StreamHandler(console.file)
-        screen.setFormatter(logging.Formatter(_FORMAT))
+        screen.setFormatter(_formatter(form))
     screen.setLevel(level.upper())
     logger = logging.getLogger(LOGGER)
     before = logger.level, logger.propagate
@@ -59,8 +80,9 @@ class LogFile:
     the file too, so that what ended a run early is in it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, form: Form = "text") -> None:
         self._path = path
+        self._form = form
         self._early = MemoryHandler(_EARLY_RECORDS, flushLevel=logging.CRITICAL + 1)
 
     def open(self) -> None:
@@ -68,7 +90,7 @@ class LogFile:
         with disk_errors(self._path.parent):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             file = _RunLog(self._path, maxBytes=_LOG_BYTES, backupCount=3, encoding="utf-8")
-        file.setFormatter(logging.Formatter(_FORMAT))
+        file.setFormatter(_formatter(self._form))
         file.addFilter(RedactingFilter())
         self._early.setTarget(file)
         self._early.flush()

@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import time
 from collections import deque
 from pathlib import Path
 from typing import Any, Self
@@ -41,11 +42,13 @@ class MetricsLog:
         return self._size + sum(map(len, self._waiting))
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """Append one record in a single write; a torn last line is possible only if the machine dies.
+        """Append one record, with its Unix time, in a single write; the last line is torn only if the machine dies.
 
         What a full disk does not take is kept in memory, warned about, and written once there is room.
         """
-        line = (json.dumps({"kind": kind, "step": step, **values}, ensure_ascii=False) + "\n").encode()
+        line = (
+            json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3), **values}, ensure_ascii=False) + "\n"
+        ).encode()
         self._waiting.append(line)
         self._flush()
 

@@ -9,7 +9,7 @@ from typing import Any
 from wmtp_worker.checkpoint.ledger import End, Event, Save, Start, read_ledger
 from wmtp_worker.checkpoint.losses import summarise
 from wmtp_worker.errors import InputError, WorkerError
-from wmtp_worker.redact import redact
+from wmtp_worker.redact import redact_values
 from wmtp_worker.settings import Settings
 from wmtp_worker.settings.stages import value_name
 from wmtp_worker.storage.atomic import write_json, write_text
@@ -21,9 +21,8 @@ log = logging.getLogger(__name__)
 
 def note_settings(settings: Settings, paths: RunPaths) -> None:
     """Put the run's settings beside its metrics, without secrets; a disk that does not take them is warned of."""
-    shown = {key: redact(value) if isinstance(value, str) else value for key, value in settings.flat().items()}
     try:
-        write_json(paths.record.settings, shown)
+        write_json(paths.record.settings, redact_values(settings.flat()))
     except WorkerError as error:
         log.warning("the settings are not recorded: %s", error)
 

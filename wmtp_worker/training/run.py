@@ -32,8 +32,10 @@ from wmtp_worker.settings.stages import policy_run, value_run
 from wmtp_worker.storage.layout import RunPaths, step_name
 from wmtp_worker.storage.runlock import run_lock
 from wmtp_worker.tracking.console import LogFile, logging_to_console
+from wmtp_worker.tracking.facts import describe
 from wmtp_worker.tracking.heartbeat import Heartbeat
 from wmtp_worker.tracking.metrics import MetricsLog
+from wmtp_worker.tracking.session import Tracking
 from wmtp_worker.training.bucket import RunBucket
 from wmtp_worker.training.loop import train
 from wmtp_worker.training.report import note_settings, write_report
@@ -126,7 +128,7 @@ def train_run(settings: Settings, stop: StopRequest, console: Console) -> Summar
     prepare(paths.workdir)
     with (
         run_lock(paths.lock),
-        logging_to_console(settings.logging.level, console),
+        logging_to_console(settings.logging.level, console, settings.logging.format),
         Watchdog(settings.host.hang_seconds, log_file=paths.training_log) as watchdog,
         NoticeWatcher(settings.host.notices, stop),
     ):
@@ -134,7 +136,7 @@ def train_run(settings: Settings, stop: StopRequest, console: Console) -> Summar
         before = read_heartbeat(paths.heartbeat)
         heartbeat = Heartbeat(paths.heartbeat, paths.run, watchdog.beat)
         with (
-            LogFile(paths.training_log) as file,
+            LogFile(paths.training_log, settings.logging.format) as file,
             RunBucket(settings, paths, stop.check, lambda: heartbeat.beat("bucket")) as bucket,
         ):
             for name in swept:
@@ -171,7 +173,10 @@ def _run(session: Session, ledger: Ledger, console: Console, started: float) -> 
         note_settings(session.settings, paths)
         ledger.phases.done("restore")
         first = session.progress.step
-        with MetricsLog(paths.metrics, session.progress.metrics_size) as metrics:
+        with (
+            MetricsLog(paths.metrics, session.progress.metrics_size) as metrics,
+            _tracking(session) as session.tracking,
+        ):
             with session.open(metrics, ledger) as saving:
                 _train_or_save(session, ledger, console)
                 saving.finish()
@@ -180,6 +185,7 @@ def _run(session: Session, ledger: Ledger, console: Console, started: float) -> 
                 _export(session)
             ledger.end("finished", session.progress.step)
             _report(paths)
+            session.tracking.mark("FINISHED")
             _publish(session)
             heartbeat.beat("done", step=session.progress.step)
         log.info("%s", summarise(ledger.events).sentence())
@@ -190,6 +196,19 @@ def _run(session: Session, ledger: Ledger, console: Console, started: float) -> 
         if isinstance(error, TrainingDiverged):
             _report(paths)  # somebody will want to see where
         raise
+
+
+def _tracking(session: Session) -> Tracking:
+    """Not before the metrics are cut back to the checkpoint: what is read from them is what counts."""
+    settings = session.settings
+    return Tracking(
+        settings.tracking,
+        session.paths,
+        describe(settings, session.identity, session.device.type, session.bucket.url),
+        start=session.progress.step,
+        resume=settings.run.resume,
+        seconds_left=lambda: session.stop.seconds_left,
+    )
 
 
 def _export(session: Session) -> None:
@@ -239,6 +258,7 @@ def _train_or_save(session: Session, ledger: Ledger, console: Console) -> None:
     except Interrupted as interruption:
         progress, stop = session.progress, session.stop
         ledger.end("notice", progress.step, detail=stop.reason or "")
+        session.tracking.mark("KILLED")
         try:
             session.saving.emergency(session.snapshot, progress.step, progress.saved_at, stop)
         except DiskFullError as error:

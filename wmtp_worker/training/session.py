@@ -22,11 +22,12 @@ from wmtp_worker.data.sampler import Position
 from wmtp_worker.errors import InputError, TrainingDiverged, WorkerError
 from wmtp_worker.host.stop import StopRequest
 from wmtp_worker.model.loading import load_tensors, tensors
-from wmtp_worker.redact import redact
+from wmtp_worker.redact import redact, redact_values
 from wmtp_worker.settings import Settings
 from wmtp_worker.storage.layout import RunPaths
 from wmtp_worker.tracking.heartbeat import Heartbeat
 from wmtp_worker.tracking.metrics import MetricsLog
+from wmtp_worker.tracking.session import Tracking
 from wmtp_worker.training.bucket import RunBucket
 from wmtp_worker.training.saving import Saving
 from wmtp_worker.training.task import Task
@@ -96,6 +97,7 @@ class Session:
     resumed_from: int | None = None
     metrics: MetricsLog = field(init=False)
     saving: Saving = field(init=False)
+    tracking: Tracking = field(init=False)
 
     def open(self, metrics: MetricsLog, ledger: Ledger) -> Saving:
         """What the loop needs beyond a restored session: where its numbers go, and how it is saved."""
@@ -166,7 +168,7 @@ class Session:
                 STATE: asdict(State(self.progress, self.threads, self.device.type, self.task.averages)),
                 **self._documents,
             },
-            facts=self._facts,
+            facts={**self._facts, "tracking_run_id": self.tracking.run_id},
             frozen=frozen,
         )
 
@@ -174,7 +176,7 @@ class Session:
     def _documents(self) -> dict[str, Any]:
         """What never changes in a run: built once, because a save stops the training for as long."""
         config: Any = self.task.model.config
-        shown = {key: redact(value) if isinstance(value, str) else value for key, value in self.settings.flat().items()}
+        shown = redact_values(self.settings.flat())
         return {SETTINGS: {"identity": self.identity, "resolved": shown}, CONFIG: config.to_dict()}
 
     @cached_property
