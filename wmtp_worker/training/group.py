@@ -1,15 +1,17 @@
 """The processes that train one run together: what `torchrun` and `wmtp train` itself start, on one machine or several.
 
-    with join(settings.host.device, settings.parallel.timeout_seconds) as group:
+    with join(settings.host.device, timeout_seconds) as group:
         group.share(batches)      # this rank's part
         group.sum(tensor)         # of all ranks
+        if group.most(stop.requested): ...
 
 Without torchrun's variables there is one process, and nothing here communicates.
 """
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -17,9 +19,11 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from wmtp_worker.checkpoint.ranks import ALONE, Ranks
-from wmtp_worker.errors import SettingsError
+from wmtp_worker.errors import Interrupted, SettingsError
 from wmtp_worker.host.device import resolve_device
 
 if TYPE_CHECKING:
@@ -29,6 +33,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_TICK = 0.1  # seconds
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -41,6 +46,7 @@ class Group:
     world: int = 1
     local_rank: int = 0
     ranks: Ranks = field(default=ALONE)
+    store: Store | None = None
 
     @property
     def first(self) -> bool:
@@ -59,6 +65,47 @@ class Group:
             tensor = tensor.clone()
             dist.all_reduce(tensor)
         return tensor
+
+    def most(self, value: float) -> float:
+        """The largest `value` of any rank: what one is told of, a stop say, all act upon at the same place."""
+        if self.world == 1:
+            return value
+        shared = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+        return float(shared)
+
+    def of_first(self, value: T) -> T:
+        """What rank 0 has, on every rank. Small things only."""
+        return self.ranks.gather(value if self.first else None)[0] if self.world > 1 else value
+
+    def first_is_done(self, what: str) -> None:
+        """Rank 0: let the others go on that wait for `what`, which is said once."""
+        if self.store is not None and self.first:
+            self.store.set(what, b"")
+
+    def wait_for_first(self, what: str, tick: Callable[[], object]) -> None:
+        """The others: until rank 0 is done with what takes long; `tick` is called a few times a second.
+
+        Not a collective, which would fail after its time-out. Raises `Interrupted` where rank 0 is gone.
+        """
+        if self.store is None or self.first:
+            return
+        with self.company():
+            while not self.store.check([what]):
+                tick()
+                time.sleep(_TICK)
+
+    @contextmanager
+    def company(self) -> Iterator[None]:
+        """Raises `Interrupted` where what fails inside is that another rank is gone."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.world == 1 or not _is_loss(error):
+                raise
+            log.debug("another rank is gone", exc_info=True)
+            what = "another process of this run has ended"
+            raise Interrupted(what, fix="its own words say why; the same command goes on from what is saved") from error
 
     def mesh(self, shards: int) -> "DeviceMesh":
         """All ranks: neighbours hold the `shards` parts of one copy of the model, the others further copies."""
@@ -101,12 +148,20 @@ def join(device: str, timeout_seconds: float) -> Iterator[Group]:
         torch.cuda.set_device(here)
     # small things, and whatever is agreed upon, go over gloo
     backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    limit = timedelta(seconds=timeout_seconds)
+    store, rank, world = next(rendezvous("env://", timeout=limit))
+    dist.init_process_group(backend, store=PrefixStore("group", store), rank=rank, world_size=world, timeout=limit)
     try:
         ranks = Ranks.of_process_group(timeout_seconds)
-        yield Group(here, dist.get_rank(), dist.get_world_size(), local_rank, ranks)
+        yield Group(here, rank, world, local_rank, ranks, PrefixStore("phases", store))
     finally:
         dist.destroy_process_group()
+
+
+def _is_loss(error: RuntimeError) -> bool:
+    """torch has classes of its own for a few of these only."""
+    words = ("gloo", "nccl", "connection", "recvvalue failed", "sendbytes failed", "broken pipe")
+    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
 
 
 def _number(name: str, otherwise: int) -> int:
