@@ -81,7 +81,7 @@ class Group:
     def first_is_done(self, what: str) -> None:
         """Rank 0: let the others go on that wait for `what`, which is said once."""
         if self.store is not None and self.first:
-            self.store.set(what, b"")
+            self.store.set(what, "")
 
     def wait_for_first(self, what: str, tick: Callable[[], object]) -> None:
         """The others: until rank 0 is done with what takes long; `tick` is called a few times a second.
