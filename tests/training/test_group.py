@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tests.ranks import apart
-from wmtp_worker.errors import Interrupted, SettingsError
+from wmtp_worker.errors import SettingsError
 from wmtp_worker.host.stop import StopRequest
-from wmtp_worker.training.group import join
+from wmtp_worker.training.group import RankLost, join
 
 
 def talk(rank, world, workdir):
@@ -47,9 +47,9 @@ def wait(group, workdir):
     if group.first:
         time.sleep(0.5)
         (workdir / "fetched").touch()
-        group.first_is_done("fetch")
+        group.after_first("fetch")
     else:
-        group.wait_for_first("fetch", lambda: ticks.append(1))
+        group.after_first("fetch", lambda: ticks.append(1))
         assert (workdir / "fetched").exists()
         assert len(ticks) >= 3
 
@@ -58,7 +58,7 @@ def lose(group):
     """The last thing: one dies, and the other notices, whatever it waits in."""
     if not group.first:
         os._exit(0)
-    with pytest.raises(Interrupted, match="another process of this run has ended"), group.company():
+    with pytest.raises(RankLost, match="another process of this run has ended"), group.company():
         group.sum(torch.ones(3))
     with pytest.raises(RuntimeError, match="of ours"), group.company():
         raise RuntimeError("a bug of ours")
@@ -77,8 +77,7 @@ def test_alone_nothing_is_asked_of_anybody(monkeypatch):
         assert group.sum(torch.ones(1)) == 1
         assert group.most(-3.5) == -3.5
         assert group.of_first("x") == "x"
-        group.first_is_done("fetch")
-        group.wait_for_first("fetch", lambda: pytest.fail("waits"))
+        group.after_first("fetch", lambda: pytest.fail("waits"))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from pathlib import Path
 from wmtp_worker import errors
 from wmtp_worker.host.stop import StopRequest
 
-PARENT = "WMTP_PARENT"
+PARENT = "LAUNCHER_PID"
 _TICK = 0.1  # seconds
 # for the others, once one has failed: they notice when they next wait for it, and may have something to save
 _GRACE_SECONDS = 60.0

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from wmtp_worker.model.mtp import MTPForCausalLM
@@ -26,6 +27,8 @@ from wmtp_worker.training.group import Group
 
 class Gradients:
     """Of a model on one rank: nothing to do. The base of the others, and the contract."""
+
+    shards = 1
 
     def begin(self, last: bool) -> None:
         """Before each micro-batch of this rank; `last`: of this step."""
@@ -57,6 +60,16 @@ def spread(model: nn.Module, group: Group, shards: int) -> Gradients:
 def layers_of(model: nn.Module) -> list[nn.Module]:
     """The decoder layers in the order of the model: trunk, head 1, further heads."""
     return [module for module in model.modules() if isinstance(module, LlamaDecoderLayer)]
+
+
+def gather_whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Put the shards of a tensor together, on every rank; what is whole stays as it is. Every rank must call this."""
+    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def clip(parameters: Iterable[torch.Tensor], largest: float) -> float:
+    """Scale the gradients so that the norm of them all, over all shards, is at most `largest`; what it was before."""
+    return float(gather_whole(torch.nn.utils.clip_grad_norm_(parameters, largest)))
 
 
 def _trained(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
@@ -121,6 +134,7 @@ class _Shards(Gradients):
     def __init__(self, model: nn.Module, group: Group, shards: int) -> None:
         from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
+        self.shards = shards
         mesh = group.mesh(shards)
         layers = layers_of(model)
         heads = _heads_of(model)

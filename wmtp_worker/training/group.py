@@ -37,6 +37,10 @@ _TICK = 0.1  # seconds
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
+class RankLost(Interrupted):
+    """Another process of the run has ended, and this one cannot go on alone."""
+
+
 @dataclass(frozen=True)
 class Group:
     """One rank among those that train a run together. Every rank must call the same methods in the same order."""
@@ -45,6 +49,7 @@ class Group:
     rank: int = 0
     world: int = 1
     local_rank: int = 0
+    local_world: int = 1  # processes on this machine
     ranks: Ranks = field(default=ALONE)
     store: Store | None = None
 
@@ -78,34 +83,32 @@ class Group:
         """What rank 0 has, on every rank. Small things only."""
         return self.ranks.gather(value if self.first else None)[0] if self.world > 1 else value
 
-    def first_is_done(self, what: str) -> None:
-        """Rank 0: let the others go on that wait for `what`, which is said once."""
-        if self.store is not None and self.first:
-            self.store.set(what, "")
+    def after_first(self, what: str, tick: Callable[[], object] = lambda: None) -> None:
+        """Rank 0 has done `what`, which is said once; the others wait for that here, as long as it takes.
 
-    def wait_for_first(self, what: str, tick: Callable[[], object]) -> None:
-        """The others: until rank 0 is done with what takes long; `tick` is called a few times a second.
-
-        Not a collective, which would fail after its time-out. Raises `Interrupted` where rank 0 is gone.
+        `tick` is called a few times a second meanwhile. Not a collective, which would fail after its time-out. Raises
+        `RankLost` where rank 0 is gone.
         """
-        if self.store is None or self.first:
+        if self.store is None:
             return
         with self.company():
-            while not self.store.check([what]):
-                tick()
-                time.sleep(_TICK)
+            if self.first:
+                self.store.set(what, "")
+            else:
+                while not self.store.check([what]):
+                    tick()
+                    time.sleep(_TICK)
 
     @contextmanager
     def company(self) -> Iterator[None]:
-        """Raises `Interrupted` where what fails inside is that another rank is gone."""
+        """Raises `RankLost` where what fails inside is that another rank is gone."""
         try:
             yield
         except RuntimeError as error:
             if self.world == 1 or not _is_loss(error):
                 raise
-            log.debug("another rank is gone", exc_info=True)
             what = "another process of this run has ended"
-            raise Interrupted(what, fix="its own words say why; the same command goes on from what is saved") from error
+            raise RankLost(what, fix="its own words say why; the same command goes on from what is saved") from error
 
     def mesh(self, shards: int) -> "DeviceMesh":
         """All ranks: neighbours hold the `shards` parts of one copy of the model, the others further copies."""
@@ -153,7 +156,8 @@ def join(device: str, timeout_seconds: float) -> Iterator[Group]:
     dist.init_process_group(backend, store=PrefixStore("group", store), rank=rank, world_size=world, timeout=limit)
     try:
         ranks = Ranks.of_process_group(timeout_seconds)
-        yield Group(here, rank, world, local_rank, ranks, PrefixStore("phases", store))
+        local_world = _number("LOCAL_WORLD_SIZE", 1)
+        yield Group(here, rank, world, local_rank, local_world, ranks, PrefixStore("phases", store))
     finally:
         dist.destroy_process_group()
 
