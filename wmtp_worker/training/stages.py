@@ -5,6 +5,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from wmtp_worker.assets.resolve import (
     backbone_folder,
     dataset_digest,
