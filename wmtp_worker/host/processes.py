@@ -74,7 +74,9 @@ class _Processes:
             "MASTER_PORT": _free_port(),
             PARENT: os.getpid(),
         }
-        common = {**os.environ, **{name: str(value) for name, value in variables.items()}}
+        # torch's own words about a rank that is gone are pages of C++ frames
+        quiet = {"TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")}
+        common = {**os.environ, **quiet, **{name: str(value) for name, value in variables.items()}}
         self._all: list[subprocess.Popen[bytes]] = []
         self._killed: set[int] = set()
         try:
