@@ -50,7 +50,10 @@ class Group:
     world: int = 1
     local_rank: int = 0
     local_world: int = 1  # processes on this machine
+    # for whoever calls these methods, in the thread of the training
     ranks: Ranks = field(default=ALONE)
+    # for the thread that writes checkpoints: what two threads say must not get mixed up
+    writers: Ranks = field(default=ALONE)
     store: Store | None = None
 
     @property
@@ -155,9 +158,9 @@ def join(device: str, timeout_seconds: float) -> Iterator[Group]:
     store, rank, world = next(rendezvous("env://", timeout=limit))
     dist.init_process_group(backend, store=PrefixStore("group", store), rank=rank, world_size=world, timeout=limit)
     try:
-        ranks = Ranks.of_process_group(timeout_seconds)
+        ranks, writers = (Ranks.of_process_group(timeout_seconds) for _ in range(2))
         local_world = _number("LOCAL_WORLD_SIZE", 1)
-        yield Group(here, rank, world, local_rank, local_world, ranks, PrefixStore("phases", store))
+        yield Group(here, rank, world, local_rank, local_world, ranks, writers, PrefixStore("phases", store))
     finally:
         dist.destroy_process_group()
 

@@ -42,9 +42,12 @@ class Saving:
         resumed_from: int | None,
         inspect: Callable[[int, Mapping[str, Tensors]], None],
         tick: Callable[[], None],
+        writers: Ranks = ALONE,
         ranks: Ranks = ALONE,
     ) -> None:
-        """`ranks`: those that write a checkpoint together; each must make the same calls."""
+        """`writers`: the ranks that write a checkpoint together, for the writer's thread, and `ranks`: the same ones for
+        the caller's; each must make the same calls.
+        """
         self._ranks = ranks
         self._keep = settings.checkpoint
         self._paths = paths
@@ -65,7 +68,7 @@ class Saving:
         self._saver = Saver(
             paths,
             background=self._keep.background,
-            ranks=ranks,
+            ranks=writers,
             buffers=self._keep.buffers,
             written=self._written,
             make_room=self.make_room,

@@ -112,9 +112,16 @@ class Session:
         if not self.group.first and not self.sharded:
             self.saving = NoSaving()
             return self.saving
-        ranks = self.group.ranks if self.sharded else ALONE
         self.saving = Saving(
-            self.settings, self.paths, self.bucket, ledger, self.resumed_from, self._inspect, self._wait, ranks
+            self.settings,
+            self.paths,
+            self.bucket,
+            ledger,
+            self.resumed_from,
+            self._inspect,
+            self._wait,
+            writers=self.group.writers if self.sharded else ALONE,
+            ranks=self.group.ranks if self.sharded else ALONE,
         )
         trainable, _ = split_frozen(self.task.model.named_parameters())
         moments = expected_tensors(self.parameter_names)
