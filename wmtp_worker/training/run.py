@@ -40,7 +40,7 @@ from wmtp_worker.training.group import Group, RankLost, join
 from wmtp_worker.training.loop import train
 from wmtp_worker.training.report import note_settings, write_report
 from wmtp_worker.training.session import Session
-from wmtp_worker.training.setup import build_session, restore
+from wmtp_worker.training.setup import build_session, check_group, restore
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +94,7 @@ def run(settings: Settings, stop: StopRequest, console: Console) -> Summary | No
     """
     limit = _TIMEOUT_FACTOR * settings.host.hang_seconds or _LONGEST_WAIT
     with join(settings.host.device, limit) as group:
+        check_group(settings, group)
         return _stages(settings, group, stop, console)
 
 

@@ -45,7 +45,7 @@ class Saving:
         writers: Ranks = ALONE,
         ranks: Ranks = ALONE,
     ) -> None:
-        """`writers`: the ranks that write a checkpoint together, for the writer's thread, and `ranks`: the same ones for
+        """`writers`: the ranks that write a checkpoint together, for the writer's thread, and `ranks`: the same for
         the caller's; each must make the same calls.
         """
         self._ranks = ranks

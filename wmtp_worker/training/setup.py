@@ -46,7 +46,6 @@ def build_session(
 
     Every rank does, each for itself; only what frozen models say is computed once on each machine.
     """
-    check_accumulation(settings, group)
     threads = set_threads(settings.host.threads, group.local_world)
     make_deterministic(group.device)
 
@@ -86,8 +85,8 @@ def build_session(
     )
 
 
-def check_accumulation(settings: Settings, group: Group) -> None:
-    """Raise `SettingsError` unless the micro-batches of a step can be shared evenly."""
+def check_group(settings: Settings, group: Group) -> None:
+    """Raise `SettingsError` unless the ranks can share the micro-batches of a step, and the model, evenly."""
     passes, world = settings.training.accumulation, group.world
     if passes % world:
         raise SettingsError(
@@ -97,26 +96,26 @@ def check_accumulation(settings: Settings, group: Group) -> None:
             "step has the rows it should have",
         )
 
+    shards = settings.parallel.shards
+    if shards != "auto" and world > 1 and world % shards:
+        raise SettingsError(
+            f"{world} processes cannot hold copies of {shards} shards each",
+            where=settings.sources.get("parallel.shards", "settings"),
+            fix=f"set parallel.shards to auto, 1, {world} or another number that divides {world}",
+        )
+
 
 def choose_shards(settings: Settings, group: Group, model: torch.nn.Module) -> int:
-    """How many ranks hold one copy of the model: `parallel.shards`, or what the device's memory asks for.
-
-    Raises `SettingsError` for a number that does not divide that of the ranks.
-    """
+    """How many ranks hold one copy of the model: `parallel.shards`, or what the device's memory asks for."""
+    if group.world == 1:
+        return 1
     wanted = settings.parallel.shards
     if wanted == "auto":
         if group.device.type != "cuda":
             return 1
         memory = torch.cuda.get_device_properties(group.device).total_memory
         return 1 if training_bytes(model) < _SHARE_OF_DEVICE * memory else group.world
-    shards = int(wanted)
-    if group.world % shards and group.world > 1:
-        raise SettingsError(
-            f"{group.world} processes cannot hold copies of {shards} shards each",
-            where=settings.sources.get("parallel.shards", "settings"),
-            fix=f"set parallel.shards to auto, 1, {group.world} or another number that divides {group.world}",
-        )
-    return shards if group.world > 1 else 1
+    return wanted
 
 
 def training_bytes(model: torch.nn.Module) -> int:
