@@ -98,7 +98,9 @@ def content(workdir):
     paths = RunPaths(workdir, TINY_RUN)
     checkpoint = find(paths, "auto")
     final = torch.load(paths.final, weights_only=True)["model"]
-    lines = [{key: value for key, value in line.items() if key != "seconds"} for line in read(paths.metrics)]
+    lines = [
+        {key: value for key, value in line.items() if key not in ("seconds", "wait")} for line in read(paths.metrics)
+    ]
     return {**checkpoint.model_tensors()}, dict(checkpoint.tensors(OPTIMIZER)), final, lines
 
 
