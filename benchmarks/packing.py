@@ -11,12 +11,14 @@ from common import mbpp, median, record
 from rich.console import Console
 
 from wmtp_worker.checkpoint.ledger import Ledger, Phases
+from wmtp_worker.host.device import resolve_device
 from wmtp_worker.host.stop import StopRequest
 from wmtp_worker.settings import load
 from wmtp_worker.storage.layout import RunPaths
 from wmtp_worker.tracking.heartbeat import Heartbeat
 from wmtp_worker.tracking.metrics import MetricsLog
 from wmtp_worker.training.bucket import RunBucket
+from wmtp_worker.training.group import Group
 from wmtp_worker.training.loop import train_step
 from wmtp_worker.training.session import Session
 from wmtp_worker.training.setup import build_session
@@ -35,7 +37,8 @@ def session(packing: bool, folder: Path) -> Session:
     paths.checkpoints.mkdir(parents=True)
     stop, heartbeat = StopRequest(), Heartbeat(paths.heartbeat, paths.run)
     bucket = RunBucket(settings, paths, stop.check)
-    made = build_session(settings, paths, stop, heartbeat, bucket, Console(quiet=True))
+    group = Group(resolve_device(settings.host.device))
+    made = build_session(settings, paths, group, stop, heartbeat, bucket, Console(quiet=True))
     ledger = Ledger.begin(paths.ledger, paths.metrics, Phases(), gpus=1)
     made.open(MetricsLog(paths.metrics, 0), ledger)
     return made

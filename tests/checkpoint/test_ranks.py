@@ -1,20 +1,16 @@
 """Checkpoints of several ranks: real processes over gloo, FSDP2, and every change of their number."""
 
 import json
-import multiprocessing
 import os
-import socket
-import time
-import traceback
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors import safe_open
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from tests.ranks import together
 from wmtp_worker.checkpoint import restore, store
 from wmtp_worker.checkpoint.manifest import SHARED
 from wmtp_worker.checkpoint.optimizer import load_optimizer, optimizer_tensors, read_optimizer
@@ -26,40 +22,6 @@ from wmtp_worker.errors import CheckpointError, DiskFullError, WorkerError
 from wmtp_worker.storage.layout import RunPaths
 
 from .conftest import FACTS
-
-_IMPORTS = ["torch.distributed.checkpoint", "torch.distributed.fsdp", "wmtp_worker.checkpoint.restore"]
-_SECONDS = 240  # after which processes that hang are killed
-
-
-def together(world, job, *arguments):
-    """Run `job(rank, world, *arguments)` in `world` processes of one gloo group; fails where one fails or hangs."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # one server imports torch, once; the processes are its children
-    multiprocessing.set_forkserver_preload(_IMPORTS)
-    arguments = (world, port, job, arguments)
-    context = mp.start_processes(_in_group, arguments, nprocs=world, join=False, start_method="forkserver")
-    end = time.monotonic() + _SECONDS
-    try:
-        while not context.join(timeout=1):
-            assert time.monotonic() < end, "the processes hang"
-    finally:
-        for process in context.processes:
-            process.kill()
-            process.join()
-
-
-def _in_group(rank, world, port, job, arguments):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    try:
-        job(rank, world, *arguments)
-    except BaseException:
-        traceback.print_exc()  # the first that fails is not the one whose words are reported
-        raise
-    finally:
-        dist.destroy_process_group()
 
 
 def small_model(world, mesh=None, frozen=False):

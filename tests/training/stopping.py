@@ -14,7 +14,7 @@ class StopAfter(StopRequest):
 
     def check(self):
         # before the training it is polled as often as there are samples and blocks to read
-        self._polls -= sys._getframe(2).f_code.co_name in ("train_step", "between_batches")
+        self._polls -= sys._getframe(3).f_code.co_name in ("train_step", "between_batches")
         if self._polls == 0:
             self.request("test")
         super().check()

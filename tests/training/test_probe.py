@@ -14,6 +14,7 @@ from wmtp_worker.model.loading import build
 from wmtp_worker.settings import load
 from wmtp_worker.storage.layout import RunPaths
 from wmtp_worker.training import probe as module
+from wmtp_worker.training.group import Group
 from wmtp_worker.training.probe import Probe, pieces
 from wmtp_worker.training.report import write_report
 from wmtp_worker.training.splits import load_split
@@ -36,7 +37,11 @@ def probed(tiny_settings, tokenizer, tmp_path, one_thread):
         settings = load(overrides=[*tiny_settings, *overrides], environ={})
         data = load_split(settings, dataset_folder(settings), "train", tokenizer, lambda: None)
         path = RunPaths(tmp_path, "r").record.weights
-        return Probe(path, settings, data, tokenizer, build(settings, tokenizer), torch.device("cpu")), settings, data
+        return (
+            Probe(path, settings, data, tokenizer, build(settings, tokenizer), Group(torch.device("cpu"))),
+            settings,
+            data,
+        )
 
     return make
 

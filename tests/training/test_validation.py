@@ -12,6 +12,7 @@ from wmtp_worker.data.packing import Batch, collate
 from wmtp_worker.data.tokenizer import Sample
 from wmtp_worker.errors import Interrupted
 from wmtp_worker.model.mtp import MTPForCausalLM
+from wmtp_worker.training.group import Group
 from wmtp_worker.training.validation import validate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,7 +55,7 @@ def batches(rows_each: int = 2) -> list[Batch]:
 
 
 def run(model: MTPForCausalLM, data: list[Batch], precision: str = "fp32"):
-    return validate(model, data, CPU, precision, lambda: None)
+    return validate(model, data, Group(CPU), precision, lambda: None)
 
 
 def slowly(model: MTPForCausalLM) -> tuple[list[float], list[float], list[int]]:
@@ -153,7 +154,7 @@ def test_between_is_called_before_each_batch():
 
     model = make_model()
     handle = model.model.embed_tokens.register_forward_hook(lambda *_: events.append("forward"))
-    validate(model, told(), CPU, "fp32", lambda: events.append("between"))
+    validate(model, told(), Group(CPU), "fp32", lambda: events.append("between"))
     handle.remove()
     assert events == [word for number in range(3) for word in (f"batch {number}", "between", "forward")]
 
@@ -169,7 +170,7 @@ def test_stop_between_batches_leaves_a_model_that_trains():
             raise Interrupted("stopped")
 
     with pytest.raises(Interrupted):
-        validate(model, batches(1), CPU, "fp32", stop_at_the_second)
+        validate(model, batches(1), Group(CPU), "fp32", stop_at_the_second)
     assert len(seen) == 2
     assert model.training
     assert all(module.training for module in model.modules())

@@ -15,6 +15,7 @@ from wmtp_worker.errors import InputError
 from wmtp_worker.model.value import value_from
 from wmtp_worker.settings import load
 from wmtp_worker.training.families import REWARD
+from wmtp_worker.training.group import Group
 from wmtp_worker.training.quality import calibration_error, explained_variance, quality, reliability
 from wmtp_worker.training.values import Exam, ValueTask, bradley_terry, states
 from wmtp_worker.weighting.spans import last_tokens
@@ -138,7 +139,7 @@ def test_loss_and_gradient_against_the_slow_reference(objective, size, data, pai
         f"value.objective={objective}", "weighting.critic.gamma=0.9", "weighting.critic.lam=0.7", "run.stage=value"
     )
     rows = PairRows(data, pairs, seed=1, packing=True) if objective == "pairwise" else data
-    task = ValueTask(chosen, model, CPU, rows, Exam(chosen, data, pairs))
+    task = ValueTask(chosen, model, Group(CPU), rows, Exam(chosen, data, pairs))
     epoch = rows.sampler.rows(0)
     batches = [rows.batch(epoch[start : start + size]) for start in range(0, len(epoch), size)]
     for backward in task.begin(0, batches):
@@ -155,7 +156,7 @@ def test_loss_and_gradient_against_the_slow_reference(objective, size, data, pai
 @pytest.mark.parametrize("objective", ["pairwise", "lambda_return"])
 def test_validation_against_the_slow_reference(objective, data, pairs, model):
     chosen = settings(f"value.objective={objective}", "training.micro_batch_size=2")
-    report = ValueTask(chosen, model, CPU, data, Exam(chosen, data, pairs)).validate(lambda: None)
+    report = ValueTask(chosen, model, Group(CPU), data, Exam(chosen, data, pairs)).validate(lambda: None)
     assert model.training
     with torch.no_grad():
         loss = float(slow_loss(model.eval(), data, pairs, objective, 1.0, 0.95))

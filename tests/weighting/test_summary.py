@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from tests.weighting.reference import entropy
-from wmtp_worker.weighting.summary import clipped_share, summarise
+from wmtp_worker.weighting.summary import Summary, clipped
+
+
+def summarise(weights, labelled):
+    return Summary.of(weights, labelled).facts()
+
 
 MASK = torch.tensor([True, True, True, False]).view(1, 4, 1)
 
@@ -32,4 +37,16 @@ def test_nothing_labelled():
 
 def test_share_at_the_bounds():
     weights = torch.tensor([0.1, 5.0, 1.0, 5.0]).view(1, 4, 1)
-    assert clipped_share(weights, MASK, 0.1, 5.0) == pytest.approx(2 / 3)
+    assert clipped(weights, MASK, 0.1, 5.0).mean == pytest.approx(2 / 3)
+
+
+def test_parts_add_up_to_the_whole():
+    weights = torch.rand(8, 5, 3, generator=torch.Generator().manual_seed(1)) + torch.arange(8.0)[:, None, None]
+    labelled = torch.rand(weights.shape, generator=torch.Generator().manual_seed(2)) < 0.5
+    labelled[2:4] = False  # a rank may have nothing
+    parts = [Summary.of(one, mask) for one, mask in zip(weights.split(2), labelled.split(2), strict=True)]
+    together = sum(parts, Summary())
+    whole = Summary.of(weights, labelled)
+    assert together.count == whole.count
+    assert together.facts() == pytest.approx(whole.facts(), rel=1e-12)
+    assert summarise(torch.full((1, 4, 1), 3.0), MASK)["weight_std"] == 0

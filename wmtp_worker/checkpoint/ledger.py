@@ -26,7 +26,7 @@ import secrets
 import socket
 import statistics
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -152,8 +152,9 @@ def process_age() -> float:
 class Ledger:
     """The ledger of a run, and this process's lines in it. Only the holder of the run's lock may have one."""
 
-    def __init__(self, path: Path, events: list[Event], process: str) -> None:
-        self.events = events
+    def __init__(self, path: Path | None = None, events: Sequence[Event] = (), process: str = "") -> None:
+        """Without a path nothing is written: what the ranks have that are not the first."""
+        self.events = list(events)
         self._path = path
         self._process = process
         self.phases = Phases()
@@ -243,6 +244,8 @@ class Ledger:
     def _append(self, event: Event) -> None:
         """One write to the end of the file: a line is there whole, or torn at the very end by a crash."""
         self.events.append(event)
+        if self._path is None:
+            return
         line = (event.model_dump_json(exclude_none=True) + "\n").encode()
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -29,10 +29,14 @@ def train(
     Ctrl-C and SIGTERM save and end with exit code 75: start the same command again. A second one ends at once.
     """
     import json
+    import os
     import sys
 
+    import typer
     from rich.console import Console
 
+    from wmtp_worker.errors import Interrupted
+    from wmtp_worker.host.processes import end_with_parent, run_processes, visible_gpus
     from wmtp_worker.host.stop import STOP
     from wmtp_worker.redact import redact
     from wmtp_worker.settings import load
@@ -40,14 +44,41 @@ def train(
     options = {"run.name": run_name, "run.resume": resume}
     settings = load(recipe=recipe, preset=preset, overrides=set_ or (), options=options)
     STOP.check()
-    console = Console(stderr=True)
+    if "WORLD_SIZE" not in os.environ:
+        wanted = settings.parallel.processes
+        count = max(1, visible_gpus()) if wanted == "auto" else wanted
+        if count > 1:
+            given = _as_options(recipe, preset, run_name, resume, set_, as_json)
+            command = [sys.executable, "-m", "wmtp_worker", "train", *given]
+            raise typer.Exit(
+                run_processes(command, count, STOP, settings.parallel.restarts, on_restart=["--resume", "auto"])
+            )
+    end_with_parent()
+    first = os.environ.get("RANK", "0") == "0"
+    console = Console(stderr=True, quiet=not first)
     with console.status("loading torch"):
         from wmtp_worker.training.run import run
-    summary = run(settings, STOP, console)
+    try:
+        summary = run(settings, STOP, console)
+    except Interrupted as interruption:
+        if first:
+            raise
+        raise typer.Exit(interruption.exit_code) from None  # the first one says why
+    if summary is None:
+        return
     if as_json:
         sys.stdout.write(redact(json.dumps(_as_json(summary))) + "\n")
     else:
         _print(summary, Console())
+
+
+def _as_options(
+    recipe: str | None, preset: str | None, run_name: str | None, resume: str | None, set_: list[str] | None, json: bool
+) -> list[str]:
+    """The options that this command was called with."""
+    options = {"--recipe": recipe, "--preset": preset, "--run-name": run_name, "--resume": resume}
+    given = [text for name, value in options.items() if value is not None for text in (name, value)]
+    return [*given, *(text for value in set_ or () for text in ("--set", value)), *(["--json"] if json else [])]
 
 
 def _as_json(summary: "Summary") -> dict[str, object]:

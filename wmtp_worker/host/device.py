@@ -32,11 +32,14 @@ def resolve_device(wanted: str) -> torch.device:
     return torch.device(wanted)
 
 
-def set_threads(wanted: int) -> int:
-    """Give torch `wanted` threads (0: as many as whole cores we may use) and return how many that is."""
+def set_threads(wanted: int, processes: int = 1) -> int:
+    """Give torch `wanted` threads and return how many that is.
+
+    0: as many as whole cores we may use, shared with the others of `processes` on this machine.
+    """
     import torch
 
-    threads = wanted or max(1, int(cpu_limit()))
+    threads = wanted or max(1, int(cpu_limit() / processes))
     torch.set_num_threads(threads)
     return threads
 

@@ -54,7 +54,7 @@ class NoticeWatcher:
     """A thread that polls one metadata service, and turns what it says into requests to stop or to save.
 
     It begins at once and delays nothing. A service that never answers is asked less and less often; none fails the run.
-    Where a machine runs several ranks, one watcher is enough, if they agree on the flag (`training.agreement`).
+    Where a machine runs several ranks, one watcher is enough, if they agree on the flag (`training.group`).
     """
 
     def __init__(

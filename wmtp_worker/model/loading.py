@@ -116,15 +116,28 @@ def rebuild(config: dict[str, Any], saved: Mapping[str, torch.Tensor], where: st
 def load_tensors(model: nn.Module, saved: Mapping[str, torch.Tensor], where: str) -> None:
     """Copy `saved` into the model. Raises `InputError` naming the first tensor that does not fit."""
     own = tensors(model)
-    for name in sorted(own.keys() ^ saved.keys()):
-        side = "the model has no" if name in saved else "the checkpoint has no"
-        raise InputError(f"{side} tensor {name}", where=where, fix="use the settings that the checkpoint was made with")
+    check_names(own, saved, where)
     with torch.no_grad():
         for name, tensor in own.items():
-            if tensor.shape != saved[name].shape:
-                raise InputError(
-                    f"{name} has shape {list(saved[name].shape)}, the model wants {list(tensor.shape)}",
-                    where=where,
-                    fix="use the settings that the checkpoint was made with",
-                )
-            tensor.copy_(saved[name])
+            value = saved[name]  # may be read now
+            check_shapes({name: tensor}, {name: value.shape}, where)
+            tensor.copy_(value)
+
+
+_SAME_SETTINGS = "use the settings that the checkpoint was made with"
+
+
+def check_names(own: Mapping[str, object], saved: Mapping[str, object], where: str) -> None:
+    """Raise `InputError` naming the first tensor that only one of both has."""
+    for name in sorted(own.keys() ^ saved.keys()):
+        side = "the model has no" if name in saved else "the checkpoint has no"
+        raise InputError(f"{side} tensor {name}", where=where, fix=_SAME_SETTINGS)
+
+
+def check_shapes(own: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Size], where: str) -> None:
+    """Raise `InputError` naming the first tensor that is missing, left over or of another shape."""
+    check_names(own, shapes, where)
+    for name, tensor in own.items():
+        if tensor.shape != shapes[name]:
+            what = f"{name} has shape {list(shapes[name])}, the model wants {list(tensor.shape)}"
+            raise InputError(what, where=where, fix=_SAME_SETTINGS)

@@ -79,6 +79,15 @@ def _model(settings: Settings, given: dict[str, Given]) -> Iterator[Problem]:
 
 def _training(settings: Settings) -> Iterator[Problem]:
     training, run = settings.training, settings.run
+    processes = settings.parallel.processes
+    if isinstance(processes, int) and training.accumulation % processes:
+        yield _clash(
+            settings,
+            "training.accumulation",
+            "must be a multiple of",
+            "parallel.processes",
+            f"set training.accumulation={-(-training.accumulation // processes) * processes}",
+        )
     if training.warmup_steps > training.max_steps:
         yield _clash(
             settings,

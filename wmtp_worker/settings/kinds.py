@@ -30,6 +30,12 @@ def check_every(value: object) -> object:
     raise ValueError("is neither auto nor a number of steps; use one of those, for example 200")
 
 
+def check_number_or_auto(value: object) -> object:
+    if value == "auto" or (type(value) is int and value >= 1):
+        return value
+    raise ValueError("is neither auto nor a number; use one of those, for example 2")
+
+
 def check_workdir(value: object) -> object:
     if not isinstance(value, str | Path) or not str(value).strip() or "\0" in str(value):
         raise ValueError("is no path; name a folder that may be created and written")

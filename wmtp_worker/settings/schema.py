@@ -19,6 +19,7 @@ from wmtp_worker.settings.kinds import (
     Text,
     check_difficulty_bin,
     check_every,
+    check_number_or_auto,
     check_prefix,
     check_resume,
     check_run_name,
@@ -66,6 +67,17 @@ class HostSettings(Section):
     price_per_hour: NotNegative | None = Field(
         description="what this machine costs, to count lost work in money; null: only in GPU seconds"
     )
+
+
+class ParallelSettings(Section):
+    processes: Annotated[Literal["auto"] | int, BeforeValidator(check_number_or_auto)] = Field(
+        description="processes that train on this machine; auto: one for each GPU. Those of torchrun are never more"
+    )
+    shards: Annotated[Literal["auto"] | int, BeforeValidator(check_number_or_auto)] = Field(
+        description="processes that hold one copy of the model together (FSDP); 1: each has all of it; auto: 1 where "
+        "that fits, else all processes"
+    )
+    restarts: Count = Field(description="how often all processes are started again because one was killed")
 
 
 class ModelSettings(Section):
@@ -348,6 +360,7 @@ class Settings(Section):
     preset: str = Field(description="short name of the preset: how large, and on what machine")
     run: RunSettings
     host: HostSettings
+    parallel: ParallelSettings
     model: ModelSettings
     lora: LoraSettings
     data: DataSettings
@@ -423,7 +436,9 @@ class Settings(Section):
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-_NOT_IDENTITY_SECTIONS = frozenset({"recipe", "preset", "run", "host", "checkpoint", "logging", "tracking", "cloud"})
+_NOT_IDENTITY_SECTIONS = frozenset(
+    {"recipe", "preset", "run", "host", "parallel", "checkpoint", "logging", "tracking", "cloud"}
+)
 _NOT_IDENTITY = frozenset(
     {
         "model.path",

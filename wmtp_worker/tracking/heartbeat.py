@@ -20,8 +20,8 @@ class Heartbeat:
     Not synced to the disk: it says that a process is alive, which a crash makes untrue anyway. Thread-safe.
     """
 
-    def __init__(self, path: Path, run: str, beaten: Callable[[], object] = lambda: None) -> None:
-        """`beaten` is called with each beat, written or not."""
+    def __init__(self, path: Path | None, run: str, beaten: Callable[[], object] = lambda: None) -> None:
+        """`beaten` is called with each beat, written or not. Without a path nothing is written."""
         self._path = path
         self._beaten = beaten
         self._run = run
@@ -56,6 +56,8 @@ class Heartbeat:
             thread.join()
 
     def _write(self, phase: str, facts: Mapping[str, Any]) -> None:
+        if self._path is None:
+            return
         document = {"time": time.time(), "run": self._run, "phase": phase, **facts}
         written = temporary(self._path)
         try:

@@ -41,9 +41,16 @@ class RunBucket:
     """
 
     def __init__(
-        self, settings: Settings, paths: RunPaths, check: Callable[[], None], tick: Callable[[], None] = lambda: None
+        self,
+        settings: Settings,
+        paths: RunPaths,
+        check: Callable[[], None],
+        tick: Callable[[], None] = lambda: None,
+        *,
+        active: bool = True,
     ) -> None:
         """`check` raises to stop what is fetched; `tick` is called about once a second while something is waited for.
+        Not `active`: nothing is done, as where runs are kept locally only. Another process takes care of the bucket.
 
         `url` is where the run is published, None where it is not. The bucket is not asked anything yet.
         """
@@ -51,7 +58,7 @@ class RunBucket:
         self._paths = paths
         self._check = check
         self._tick = tick
-        local = is_here(settings.cloud, paths.workdir)
+        local = not active or is_here(settings.cloud, paths.workdir)
         terms = Terms.of(settings.checkpoint)
         self._errands = Errands(check, tick)
         self._sync = None if local else CloudSync(settings.cloud, paths.workdir, self._errands.poll, terms)

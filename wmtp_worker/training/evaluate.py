@@ -16,6 +16,7 @@ from wmtp_worker.model.value import is_value_model, rebuild_value
 from wmtp_worker.settings import Settings
 from wmtp_worker.storage.layout import RunPaths
 from wmtp_worker.training.bucket import RunBucket
+from wmtp_worker.training.group import Group
 from wmtp_worker.training.session import CONFIG
 from wmtp_worker.training.splits import load_split
 from wmtp_worker.training.stages import check_fit, examination
@@ -46,7 +47,7 @@ def evaluate_run(settings: Settings, weights: str, stop: StopRequest) -> dict[st
     rows = settings.training.micro_batch_size
     batches = data.epoch(rows, settings.evaluation.max_batches)
     model.to(device)  # type: ignore[arg-type]  # transformers hides nn.Module.to's signature
-    result = validate(model, batches, device, settings.training.precision, stop.check)
+    result = validate(model, batches, Group(device), settings.training.precision, stop.check)
     return {**what, "samples": len(data.samples), **result.to_json()}
 
 

@@ -6,12 +6,12 @@ import logging
 import math
 import time
 
-import torch
 from rich.console import Console
 
 from wmtp_worker.tracking.console import StepBar
+from wmtp_worker.training.gradients import clip
 from wmtp_worker.training.schedule import learning_rate
-from wmtp_worker.training.session import Session, seed_step
+from wmtp_worker.training.session import Session, seed_pass
 
 log = logging.getLogger(__name__)
 
@@ -53,26 +53,31 @@ def train_step(session: Session) -> str:
     batches = [task.data.batch(rows[i : i + size]) for i in range(0, len(rows), size)]
     waited = time.perf_counter() - started
 
-    seed_step(session.settings.run.seed, progress.step)
     rate = learning_rate(progress.step, training)
-    for group in session.optimizer.param_groups:
-        group["lr"] = rate
+    for parameters in session.optimizer.param_groups:
+        parameters["lr"] = rate
     session.optimizer.zero_grad(set_to_none=True)
-    for backward in task.begin(progress.step, batches):
-        session.check()
+    passes = list(enumerate(task.begin(progress.step, batches)))
+    own = session.group.share(passes)
+    for number, backward in own:
+        session.check_together()
         session.heartbeat.beat("train", step=progress.step)
+        seed_pass(session.settings.run.seed, progress.step, number)
+        session.gradients.begin(last=number == own[-1][0])
         backward()
-    norm = float(torch.nn.utils.clip_grad_norm_(task.model.parameters(), training.grad_clip or math.inf))
+    session.gradients.finish()
+    norm = clip(task.model.parameters(), training.grad_clip or math.inf)
     loss = task.loss()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise session.diverged(f"the loss is {loss}, the gradient's norm {norm}")
+    # the last time that ranks talk in a step: where one is lost, the others stand before or after a whole one
+    logged = (progress.step + 1) % session.settings.logging.every == 0 or progress.step + 1 == training.max_steps
+    taken = task.end(counted=logged)
     session.saving.gate()  # the last save may still be copying what changes now
     session.optimizer.step()
 
     tokens = sum(batch.real_tokens for batch in batches)
     progress.step += 1
-    logged = progress.step % session.settings.logging.every == 0 or session.finished
-    taken = task.end(counted=logged)
     progress.position = after
     progress.tokens += tokens
     seconds = time.perf_counter() - started
@@ -102,10 +107,12 @@ def run_validation(session: Session) -> None:
     progress, settings = session.progress, session.settings
 
     def between_batches() -> None:
-        session.check()
+        session.check_together()
         session.heartbeat.beat("validate", step=progress.step)
 
-    result = session.task.validate(between_batches)
+    # every rank goes on with the same numbers, to the last bit
+    result = session.group.of_first(session.task.validate(between_batches))
+    session.gradients.settle()
     if not math.isfinite(result.loss):
         raise session.diverged(f"the validation loss is {result.loss}")
     if progress.validated_at < progress.step:
@@ -113,11 +120,12 @@ def run_validation(session: Session) -> None:
     progress.validation = result.to_json()
     progress.validated_at = progress.step
     session.task.record(progress.step)
+    session.gradients.settle()
     log.info("step %d  validation %s", progress.step, result)
     stopping = settings.training.early_stopping
     if progress.best_loss is None or result.loss < progress.best_loss - stopping.min_delta:
         progress.best_loss, progress.best_step, progress.without_improvement = result.loss, progress.step, 0
-        session.export(best=True)
+        session.export(session.paths.best, session.whole_weights())
         return
     progress.without_improvement += 1
     if 0 < stopping.patience <= progress.without_improvement and not session.finished:

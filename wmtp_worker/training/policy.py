@@ -9,6 +9,7 @@ from wmtp_worker.data.dataset import Dataset
 from wmtp_worker.data.packing import IGNORE, Batch
 from wmtp_worker.model.mtp import MTPForCausalLM
 from wmtp_worker.settings import Settings
+from wmtp_worker.training.group import Group
 from wmtp_worker.training.linear_cross_entropy import LossForm
 from wmtp_worker.training.loss import Weigh, head_losses_backward, mtp_labels
 from wmtp_worker.training.probe import Probe
@@ -25,7 +26,7 @@ class PolicyTask:
         self,
         settings: Settings,
         model: MTPForCausalLM,
-        device: torch.device,
+        group: Group,
         data: Dataset,
         validation: Dataset,
         probe: Probe,
@@ -35,10 +36,10 @@ class PolicyTask:
         self._validation = validation
         self._probe = probe
         self._settings = settings
-        self._device = device
-        self._weighter = Weighter(settings.weighting, settings.run.seed)
+        self._group = group
+        self._weighter = Weighter(settings.weighting, settings.run.seed, group.ranks.gather)
         self._form = LossForm(settings.training.label_smoothing, settings.training.z_loss)
-        self._losses = torch.zeros(2, model.heads, device=device)
+        self._losses = torch.zeros(2, model.heads, device=group.device)
 
     @property
     def averages(self) -> Mapping[str, MovingAverage]:
@@ -52,20 +53,21 @@ class PolicyTask:
     def begin(self, step: int, batches: Sequence[Batch]) -> list[Backward]:
         targets = [mtp_labels(batch.labels, batch.segment_ids, self.model.heads) for batch in batches]
         counts = torch.stack([(target != IGNORE).sum((0, 1)) for target in targets]).sum(0).clamp(min=1)
-        counts = counts.to(self._device, torch.float32)
+        counts = counts.to(self._group.device, torch.float32)
         weighs = self._weighter.begin(step, batches, targets)
-        self._losses = torch.zeros(2, self.model.heads, device=self._device)
+        self._losses = torch.zeros(2, self.model.heads, device=self._group.device)
         return [
             partial(self._backward, batch, target, weigh, counts)
             for batch, target, weigh in zip(batches, targets, weighs, strict=True)
         ]
 
     def _backward(self, batch: Batch, targets: torch.Tensor, weigh: Weigh, counts: torch.Tensor) -> None:
-        batch, targets = batch.to(self._device), targets.to(self._device)
+        batch, targets = batch.to(self._group.device), targets.to(self._group.device)
         precision = self._settings.training.precision
         self._losses += head_losses_backward(self.model, batch, targets, weigh, counts, precision, self._form)
 
     def loss(self) -> float:
+        self._losses = self._group.sum(self._losses)
         head_loss: list[float] = self._losses[0].tolist()
         return sum(head_loss) / self.model.heads
 
@@ -86,7 +88,7 @@ class PolicyTask:
     def validate(self, between: Callable[[], None]) -> Validation:
         training, evaluation = self._settings.training, self._settings.evaluation
         batches = self._validation.epoch(training.micro_batch_size, evaluation.max_batches)
-        return validate(self.model, batches, self._device, training.precision, between)
+        return validate(self.model, batches, self._group, training.precision, between)
 
     def record(self, step: int) -> None:
         self._probe.record(step, self._weighter)

@@ -22,6 +22,7 @@ from wmtp_worker.errors import WorkerError
 from wmtp_worker.model.mtp import MTPForCausalLM, TrunkOutput, packed_attention_mask
 from wmtp_worker.settings import Settings
 from wmtp_worker.storage.atomic import write_text
+from wmtp_worker.training.group import Group
 from wmtp_worker.training.linear_cross_entropy import LinearCrossEntropy, LossForm, TokenLosses
 from wmtp_worker.training.loss import Head, Weigh, autocast, mtp_labels
 from wmtp_worker.training.weights import Weighter
@@ -54,13 +55,14 @@ class Probe:
         data: Dataset,
         tokenizer: "PreTrainedTokenizerFast",
         model: MTPForCausalLM,
-        device: torch.device,
+        group: Group,
     ) -> None:
         self._path = path
         self._settings = settings
         self._data = data
         self._model = model
-        self._device = device
+        self._device = group.device
+        self._writes = group.first
         self._form = LossForm(settings.training.label_smoothing, settings.training.z_loss)
         indices = _first_correct(data)
         self._rows = pack(indices, [len(sample.ids) for sample in data.samples], data.sequence_length)
@@ -84,7 +86,9 @@ class Probe:
         if not self._chosen or not self._is_due(step):
             return
         try:
-            weights = self._weigh(step, weighter.aside())
+            weights = self._weigh(step, weighter.aside())  # every rank may have a part of the model
+            if not self._writes:
+                return
             # a process before this one may have come further than its checkpoint
             records = [line for line in self._recorded() if line["step"] < step]
             lines = [self._header, *records, {"step": step, "weights": weights}]

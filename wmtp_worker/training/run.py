@@ -2,11 +2,11 @@
 
 import logging
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from wmtp_worker.checkpoint.export import read_facts
@@ -37,10 +37,12 @@ from wmtp_worker.tracking.heartbeat import Heartbeat
 from wmtp_worker.tracking.metrics import MetricsLog
 from wmtp_worker.tracking.session import Tracking
 from wmtp_worker.training.bucket import RunBucket
+from wmtp_worker.training.follower import NoMetrics, NoTracking
+from wmtp_worker.training.group import Group, RankLost, join
 from wmtp_worker.training.loop import train
 from wmtp_worker.training.report import note_settings, write_report
 from wmtp_worker.training.session import Session
-from wmtp_worker.training.setup import build_session, restore
+from wmtp_worker.training.setup import build_session, check_group, restore
 from wmtp_worker.training.splits import order
 
 log = logging.getLogger(__name__)
@@ -78,8 +80,14 @@ class Summary:
         return {name: path for name, path in named.items() if path.exists()}
 
 
-def run(settings: Settings, stop: StopRequest, console: Console) -> Summary:
+# beyond the watchdog's: it should see a collective that hangs before that fails
+_TIMEOUT_FACTOR, _LONGEST_WAIT = 2.0, 3600.0
+
+
+def run(settings: Settings, stop: StopRequest, console: Console) -> Summary | None:
     """Train a run to its end, from wherever its newest checkpoint left it, here or in the bucket.
+
+    Where there are several processes (`group.join`) each calls this; None for those that are not the first.
 
     A run that needs a value model which is not named trains that first, as a run of its own beside it, unless its
     `final.pt` is here or in the bucket. Raises `RunHeldError`, `Interrupted` (everything is saved),
@@ -87,17 +95,27 @@ def run(settings: Settings, stop: StopRequest, console: Console) -> Summary:
     bucket), and the bucket's `StorageError` before the training has begun; each leaves the checkpoints that were there
     whole.
     """
+    limit = _TIMEOUT_FACTOR * settings.host.hang_seconds or _LONGEST_WAIT
+    with join(settings.host.device, limit) as group:
+        check_group(settings, group)
+        return _stages(settings, group, stop, console)
+
+
+def _stages(settings: Settings, group: Group, stop: StopRequest, console: Console) -> Summary | None:
     not_safe: NotSafeError | None = None
+    train_stage = train_run if group.first else follow_run
     if settings.trains_values:
         values = value_run(settings)
         if settings.run.stage == "value":
-            return train_run(values, stop, console)
-        if not _is_finished(values, stop, console):
+            return train_stage(values, group, stop, console)
+        finished = group.first and _is_finished(values, stop, console)
+        group.after_first("finished", stop.check)
+        if not group.of_first(finished):
             try:
-                train_run(values, stop, console)
+                train_stage(values, group, stop, console)
             except NotSafeError as error:  # to be told, but no reason for the policy to wait
                 not_safe = error
-    summary = train_run(policy_run(settings), stop, console)
+    summary = train_stage(policy_run(settings), group, stop, console)
     if not_safe is not None:
         raise not_safe
     return summary
@@ -119,8 +137,16 @@ def _is_finished(settings: Settings, stop: StopRequest, console: Console) -> boo
         return finished
 
 
-def train_run(settings: Settings, stop: StopRequest, console: Console) -> Summary:
-    """Train one run, the policy's or a value model's: see `run`."""
+def train_run(settings: Settings, group: Group, stop: StopRequest, console: Console) -> Summary:
+    """Train one run, the policy's or a value model's, as the first rank: see `run`."""
+    try:
+        return _train_run(settings, group, stop, console)
+    finally:
+        with suppress(RankLost):
+            group.after_first(f"{settings.run.name}: end")
+
+
+def _train_run(settings: Settings, group: Group, stop: StopRequest, console: Console) -> Summary:
     started = time.perf_counter()
     phases = Phases()
     phases.done("boot")
@@ -144,17 +170,19 @@ def train_run(settings: Settings, stop: StopRequest, console: Console) -> Summar
             try:
                 bucket.fetch()
                 phases.done("fetch")
-                session = build_session(settings, paths, stop, heartbeat, bucket, console)
+                group.after_first(f"{paths.run}: fetch")
+                session = build_session(settings, paths, group, stop, heartbeat, bucket, console)
                 phases.done("setup")
                 bucket.wait_for_checkpoint()
                 phases.done("checkpoint")
+                group.after_first(f"{paths.run}: checkpoint")
                 # not before: an earlier machine's log, and its record, may have come from the bucket
                 file.open()
                 ledger = Ledger.begin(
                     paths.ledger,
                     paths.metrics,
                     phases,
-                    gpus=torch.cuda.device_count(),
+                    gpus=group.world if group.device.type == "cuda" else 0,
                     price_per_hour=settings.host.price_per_hour,
                     resume=settings.run.resume,
                     heartbeats=[before, bucket.last_heartbeat],
@@ -166,6 +194,49 @@ def train_run(settings: Settings, stop: StopRequest, console: Console) -> Summar
                 raise
 
 
+def follow_run(settings: Settings, group: Group, stop: StopRequest, console: Console) -> None:
+    """`train_run` of every other rank: it trains with the first one, writes nothing of its own, and ends after it."""
+    paths = RunPaths(settings.run.workdir, settings.run.name)
+    prepare(paths.workdir)
+    with (
+        logging_to_console("error", Console(stderr=True)),
+        Watchdog(settings.host.hang_seconds, log_file=paths.training_log) as watchdog,
+        RunBucket(settings, paths, stop.check, active=False) as bucket,
+    ):
+
+        def tick() -> None:
+            watchdog.beat()  # the first one's watches for both
+            stop.check()
+
+        def wait(what: str) -> None:
+            group.after_first(f"{paths.run}: {what}", tick)
+
+        heartbeat = Heartbeat(None, paths.run, watchdog.beat)
+        wait("fetch")
+        session = build_session(settings, paths, group, stop, heartbeat, bucket, Console(quiet=True))
+        session.tracking = NoTracking()
+        wait("checkpoint")
+        try:
+            with group.company():
+                restore(session)
+                with session.open(NoMetrics(), Ledger()) as saving:
+                    _train_or_save(session, Ledger(), Console(quiet=True))
+                    saving.finish()
+                _export(session)
+        except RankLost:
+            raise
+        except Interrupted:
+            _wait_for_end(group, paths, watchdog)
+            raise
+        _wait_for_end(group, paths, watchdog)
+
+
+def _wait_for_end(group: Group, paths: RunPaths, watchdog: Watchdog) -> None:
+    """Who started us may take the first end of a process for a reason to end all, in the midst of a save."""
+    with suppress(RankLost):
+        group.after_first(f"{paths.run}: end", watchdog.beat)
+
+
 def _run(session: Session, ledger: Ledger, console: Console, started: float) -> Summary:
     paths, heartbeat = session.paths, session.heartbeat
     try:
@@ -175,17 +246,17 @@ def _run(session: Session, ledger: Ledger, console: Console, started: float) -> 
         first = session.progress.step
         with (
             MetricsLog(paths.metrics, session.progress.metrics_size) as metrics,
-            _tracking(session) as session.tracking,
+            _tracking(session) as tracking,
         ):
+            session.tracking = tracking
             with session.open(metrics, ledger) as saving:
                 _train_or_save(session, ledger, console)
                 saving.finish()
             session.check()
-            if not paths.final.exists():
-                _export(session)
+            _export(session)
             ledger.end("finished", session.progress.step)
             _report(paths)
-            session.tracking.mark("FINISHED")
+            tracking.mark("FINISHED")
             _publish(session)
             heartbeat.beat("done", step=session.progress.step)
         log.info("%s", summarise(ledger.events).sentence())
@@ -204,7 +275,7 @@ def _tracking(session: Session) -> Tracking:
     return Tracking(
         settings.tracking,
         session.paths,
-        describe(settings, session.identity, session.device.type, session.bucket.url),
+        describe(settings, session.identity, session.group.device.type, session.bucket.url),
         start=session.progress.step,
         resume=settings.run.resume,
         seconds_left=lambda: session.stop.seconds_left,
@@ -212,16 +283,21 @@ def _tracking(session: Session) -> Tracking:
 
 
 def _export(session: Session) -> None:
-    """Write `final.pt`, if need be in the place of old checkpoints; where that is not enough, the run's end says so."""
+    """Write `final.pt` unless it is there, if need be in the place of old checkpoints; where that is not enough, the
+    run's end says so."""
+    paths = session.paths
+    if session.group.of_first(paths.final.exists()):
+        return
+    weights = session.whole_weights()
     with session.heartbeat.during("export", step=session.progress.step):
         try:
             try:
-                session.export(best=False)
+                session.export(paths.final, weights)
             except DiskFullError:
                 session.saving.make_room()
-                session.export(best=False)
+                session.export(paths.final, weights)
         except DiskFullError as error:
-            log.warning("%s is NOT saved: %s", session.paths.final.name, error)
+            log.warning("%s is NOT saved: %s", paths.final.name, error)
 
 
 def _publish(session: Session) -> None:
@@ -254,8 +330,11 @@ def _report(paths: RunPaths) -> None:
 
 def _train_or_save(session: Session, ledger: Ledger, console: Console) -> None:
     try:
-        train(session, console)
+        with session.group.company():
+            train(session, console)
     except Interrupted as interruption:
+        if session.sharded and isinstance(interruption, RankLost):
+            raise  # a part of the model is gone
         progress, stop = session.progress, session.stop
         ledger.end("notice", progress.step, detail=stop.reason or "")
         session.tracking.mark("KILLED")

@@ -12,6 +12,7 @@ from wmtp_worker.checkpoint.emergency import Rates, choose
 from wmtp_worker.checkpoint.interval import IntervalPolicy
 from wmtp_worker.checkpoint.ledger import Ledger
 from wmtp_worker.checkpoint.losses import FIRST_STEP, summarise
+from wmtp_worker.checkpoint.ranks import ALONE, Ranks
 from wmtp_worker.checkpoint.saver import Saver
 from wmtp_worker.checkpoint.snapshot import OPTIMIZER, Snapshot
 from wmtp_worker.checkpoint.tensorfile import Tensors
@@ -41,7 +42,13 @@ class Saving:
         resumed_from: int | None,
         inspect: Callable[[int, Mapping[str, Tensors]], None],
         tick: Callable[[], None],
+        writers: Ranks = ALONE,
+        ranks: Ranks = ALONE,
     ) -> None:
+        """`writers`: the ranks that write a checkpoint together, for the writer's thread, and `ranks`: the same for
+        the caller's; each must make the same calls.
+        """
+        self._ranks = ranks
         self._keep = settings.checkpoint
         self._paths = paths
         self._bucket = bucket
@@ -61,6 +68,7 @@ class Saving:
         self._saver = Saver(
             paths,
             background=self._keep.background,
+            ranks=writers,
             buffers=self._keep.buffers,
             written=self._written,
             make_room=self.make_room,
@@ -137,7 +145,7 @@ class Saving:
         # what waits to be written is dropped for this save, and not uploaded either
         uploads = len(self._bucket.unpublished) + (self._saver.writing is not None)
         on_disk = saved_at in self._paths.steps() or saved_at in self._saver.pending
-        plan = choose(
+        mine = choose(
             step=step,
             saved_step=saved_at if on_disk else 0,
             full_bytes=self._full_bytes,
@@ -150,6 +158,7 @@ class Saving:
             unwritten_bytes=self._saver.before_now,
             queued_bytes=uploads * self._full_bytes,
         )
+        plan = self._ranks.gather(mine)[0]
         log.info("%s", plan)
         if plan.kind == "skip":
             self._saver.flush(stop.seconds_left)

@@ -15,13 +15,14 @@ from pydantic import Field
 import wmtp_worker
 from wmtp_worker.checkpoint.export import save_weights, step_of
 from wmtp_worker.checkpoint.ledger import Ledger
-from wmtp_worker.checkpoint.optimizer import expected_tensors, load_optimizer, optimizer_tensors
+from wmtp_worker.checkpoint.optimizer import expected_tensors, load_optimizer, optimizer_tensors, read_optimizer
+from wmtp_worker.checkpoint.ranks import ALONE, logical_name
 from wmtp_worker.checkpoint.restore import Checkpoint
-from wmtp_worker.checkpoint.snapshot import MODEL, OPTIMIZER, Snapshot, split_frozen
+from wmtp_worker.checkpoint.snapshot import FROZEN, MODEL, OPTIMIZER, Snapshot, split_frozen
 from wmtp_worker.data.sampler import Position
 from wmtp_worker.errors import InputError, TrainingDiverged, WorkerError
 from wmtp_worker.host.stop import StopRequest
-from wmtp_worker.model.loading import load_tensors, tensors
+from wmtp_worker.model.loading import check_shapes, load_tensors, tensors
 from wmtp_worker.redact import redact, redact_values
 from wmtp_worker.settings import Settings
 from wmtp_worker.storage.layout import RunPaths
@@ -29,6 +30,9 @@ from wmtp_worker.tracking.heartbeat import Heartbeat
 from wmtp_worker.tracking.metrics import MetricsLog
 from wmtp_worker.tracking.session import Tracking
 from wmtp_worker.training.bucket import RunBucket
+from wmtp_worker.training.follower import NoMetrics, NoSaving, NoTracking
+from wmtp_worker.training.gradients import Gradients, gather_whole
+from wmtp_worker.training.group import Group
 from wmtp_worker.training.saving import Saving
 from wmtp_worker.training.task import Task
 from wmtp_worker.weighting.statistics import MovingAverage
@@ -76,6 +80,7 @@ class State:
     threads: int
     device: str
     weighting: Mapping[str, MovingAverage] = field(default_factory=dict)
+    ranks: int = 1
 
 
 @dataclass
@@ -84,7 +89,8 @@ class Session:
 
     settings: Settings
     paths: RunPaths
-    device: torch.device
+    group: Group
+    gradients: Gradients
     task: Task
     optimizer: torch.optim.Optimizer
     identity: dict[str, Any]
@@ -95,24 +101,44 @@ class Session:
     bucket: RunBucket
     progress: Progress = field(default_factory=Progress)
     resumed_from: int | None = None
-    metrics: MetricsLog = field(init=False)
-    saving: Saving = field(init=False)
-    tracking: Tracking = field(init=False)
+    metrics: MetricsLog | NoMetrics = field(init=False)
+    saving: Saving | NoSaving = field(init=False)
+    tracking: Tracking | NoTracking = field(init=False)
 
-    def open(self, metrics: MetricsLog, ledger: Ledger) -> Saving:
-        """What the loop needs beyond a restored session: where its numbers go, and how it is saved."""
+    def open(self, metrics: MetricsLog | NoMetrics, ledger: Ledger) -> Saving | NoSaving:
+        """What the loop needs beyond a restored session: where its numbers go, and how it is saved.
+
+        Where each rank has the whole model, the first saves alone; shards are written by all.
+        """
         self.metrics = metrics
+        if not self.group.first and not self.sharded:
+            self.saving = NoSaving()
+            return self.saving
         self.saving = Saving(
-            self.settings, self.paths, self.bucket, ledger, self.resumed_from, self._inspect, self._wait
+            self.settings,
+            self.paths,
+            self.bucket,
+            ledger,
+            self.resumed_from,
+            self._inspect,
+            self._wait,
+            writers=self.group.writers if self.sharded else ALONE,
+            ranks=self.group.ranks if self.sharded else ALONE,
         )
         trainable, _ = split_frozen(self.task.model.named_parameters())
         moments = expected_tensors(self.parameter_names)
         to_come = 0
-        if self.device.type == "cpu":  # gradients, and the moments of an optimizer that was not restored
+        if self.group.device.type == "cpu":  # gradients, and the moments of an optimizer that was not restored
             state = {} if self.optimizer.state else moments
-            to_come = sum(value.nbytes for value in (*trainable.values(), *state.values()))
-        self.saving.prepare({MODEL: trainable, OPTIMIZER: moments}, tensors(self.task.model), to_come)
+            to_come = sum(value.nbytes for value in (*trainable.values(), *state.values())) // self.gradients.shards
+        exported = {} if self.sharded else tensors(self.task.model)  # those of shards are put together when it is time
+        self.saving.prepare({MODEL: trainable, OPTIMIZER: moments}, exported, to_come)
         return self.saving
+
+    @property
+    def sharded(self) -> bool:
+        """Whether this rank holds a part of the model only."""
+        return self.gradients.shards > 1
 
     @property
     def newest_checkpoint(self) -> Path | None:
@@ -125,8 +151,21 @@ class Session:
         self.stop.check()
         self.bucket.check()
 
+    def check_together(self) -> None:
+        """The same for all ranks at the same place: what one is told of ends all. To be called by every rank."""
+        if self.group.most(self.stop.requested) and not self.stop.requested:
+            self.stop.request("what another process was told")
+        self.check()
+
     def wants_save(self) -> bool:
-        """Whether to save now: at the end, at the interval, or because somebody warned that the machine may go."""
+        """Whether to save now: at the end, at the interval, or because somebody warned that the machine may go.
+
+        The first rank decides.
+        """
+        wanted = self.group.first and self._wants_save()
+        return self.group.most(wanted) > 0 if self.sharded else wanted
+
+    def _wants_save(self) -> bool:
         if (reason := self.stop.take_save()) is not None:
             log.info("saving now: %s", reason)
             return True
@@ -158,6 +197,7 @@ class Session:
 
     def snapshot(self) -> Snapshot:
         """Everything a checkpoint holds; the tensors are the live ones."""
+        self.gradients.settle()  # after a step that was broken off
         self.progress.metrics_size = self.metrics.size
         self.progress.saved_at = self.progress.step
         trainable, frozen = split_frozen(self.task.model.named_parameters())
@@ -165,12 +205,17 @@ class Session:
             step=self.progress.step,
             tensors={MODEL: trainable, OPTIMIZER: optimizer_tensors(self.optimizer, self.parameter_names)},
             documents={
-                STATE: asdict(State(self.progress, self.threads, self.device.type, self.task.averages)),
+                STATE: asdict(self._state),
                 **self._documents,
             },
             facts={**self._facts, "tracking_run_id": self.tracking.run_id},
             frozen=frozen,
         )
+
+    @property
+    def _state(self) -> State:
+        group = self.group
+        return State(self.progress, self.threads, group.device.type, self.task.averages, group.world)
 
     @cached_property
     def _documents(self) -> dict[str, Any]:
@@ -190,7 +235,8 @@ class Session:
 
     def _inspect(self, step: int, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         """Behind the loop, before a checkpoint is written: weights must be finite, and the metrics on the disk."""
-        if not all(_is_finite(tensor) for tensor in tensors[MODEL].values()):
+        weights = [tensor for name, file in tensors.items() if logical_name(name) == MODEL for tensor in file.values()]
+        if not all(map(_is_finite, weights)):
             raise self._diverged("the weights are not finite", step)
         self.metrics.sync()
 
@@ -204,24 +250,39 @@ class Session:
         if state.progress.step != checkpoint.manifest.step:
             raise checkpoint.malformed(f"{STATE} is of step {state.progress.step}")
         where = str(checkpoint.folder)
-        load_tensors(self.task.model, checkpoint.model_tensors(), where)
+        self._read_weights(checkpoint)
         if checkpoint.manifest.kind == "trainable":
             log.warning("%s is an emergency save without the optimizer's state, which starts anew", where)
+        elif self.sharded:
+            read_optimizer(self.optimizer, self.parameter_names, checkpoint.pieces(OPTIMIZER), where)
         else:
             load_optimizer(self.optimizer, self.parameter_names, checkpoint.tensors(OPTIMIZER), where)
         self.progress = state.progress
         self.task.averages = state.weighting
         self.resumed_from = self.progress.step
-        self._look_for_best()
         for what, before, now in (
             ("threads", state.threads, self.threads),
-            ("device", state.device, self.device.type),
+            ("processes", state.ranks, self.group.world),
+            ("device", state.device, self.group.device.type),
             ("torch", checkpoint.manifest.torch_version, torch.__version__),
         ):
             if before != now:
                 log.warning("%s was %s, is %s: the numbers may differ in their last bits", what, before, now)
 
-    def _look_for_best(self) -> None:
+    def _read_weights(self, checkpoint: Checkpoint) -> None:
+        where = str(checkpoint.folder)
+        if not self.sharded:
+            load_tensors(self.task.model, checkpoint.model_tensors(), where)
+            return
+        # each rank reads the slices that it holds
+        own = tensors(self.task.model)
+        files = [checkpoint.pieces(name) for name in (MODEL, FROZEN) if checkpoint.has(name)]
+        shapes = {name: shape for file in files for name, (shape, _) in file.specs().items()}
+        check_shapes(own, shapes, where)
+        for file in files:
+            file.read_into({name: own[name] for name in file.specs()})
+
+    def look_for_best(self) -> None:
         """A best model that is older than the checkpoint says counts as lost: the disk was full when it was written."""
         there = step_of(self.paths.best)
         if self.progress.best_loss is not None and (there is None or there < self.progress.best_step):
@@ -275,8 +336,12 @@ class Session:
             "under another --run-name",
         )
 
-    def export(self, best: bool) -> None:
-        """Write `final.pt`, or begin to write `best_model.pt` as `save` does; whole or not at all."""
+    def export(self, path: Path, weights: Mapping[str, torch.Tensor]) -> None:
+        """Write `final.pt`, or begin to write `best_model.pt` as `save` does; whole or not at all. Only the first rank
+        does. `weights`: those of `whole_weights`.
+        """
+        if not self.group.first:
+            return
         progress = self.progress
         facts = {
             "format_version": 1,
@@ -286,10 +351,24 @@ class Session:
             "identity": self.identity,
             "config": self._documents[CONFIG],
         }
-        if best:
-            self.saving.export(self.paths.best, progress.step, tensors(self.task.model), facts)
+        if path == self.paths.best:
+            self.saving.export(path, progress.step, weights, facts)
         else:
-            save_weights(self.paths.final, tensors(self.task.model), facts)
+            save_weights(path, weights, facts)
+
+    def whole_weights(self) -> dict[str, torch.Tensor]:
+        """Every parameter by name. Shards are put together in the first rank's host memory, one after the other: every
+        rank must call this then, and the others have nothing.
+        """
+        if not self.sharded:
+            return tensors(self.task.model)
+        self.gradients.settle()
+        whole = {}
+        for name, parameter in self.task.model.named_parameters():
+            tensor = gather_whole(parameter)
+            if self.group.first:
+                whole[name] = tensor.to("cpu")
+        return whole
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
@@ -297,6 +376,7 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
-def seed_step(seed: int, step: int) -> None:
-    """Seed torch on every device from (seed, step), so that dropout and its like are the same after a resume."""
-    torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{step}".encode()).digest()[:8], "big"))
+def seed_pass(seed: int, step: int, number: int) -> None:
+    """Seed torch on every device for a step's micro-batch, so that dropout and its like are the same after a resume,
+    and on whichever rank it comes to."""
+    torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{step}/{number}".encode()).digest()[:8], "big"))

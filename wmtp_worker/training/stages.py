@@ -34,6 +34,7 @@ from wmtp_worker.storage.layout import RunPaths
 from wmtp_worker.tracking.heartbeat import Heartbeat
 from wmtp_worker.training.columns import Policy, add_columns
 from wmtp_worker.training.families import REWARD
+from wmtp_worker.training.group import Group
 from wmtp_worker.training.policy import PolicyTask
 from wmtp_worker.training.probe import Probe
 from wmtp_worker.training.scores import Scorer
@@ -50,7 +51,7 @@ Poll = Callable[[str], None]
 
 
 def policy_task(
-    settings: Settings, device: torch.device, poll: Poll, heartbeat: Heartbeat, scorer: Scorer
+    settings: Settings, group: Group, poll: Poll, heartbeat: Heartbeat, scorer: Scorer
 ) -> tuple[PolicyTask, Digests]:
     """Stage 2, with what frozen models say of the data. Raises `InputError` for data and models that do not fit."""
     data = _Data(settings, poll)
@@ -71,8 +72,8 @@ def policy_task(
         _check_first_stage(settings, digests)
     train, frozen = add_columns(settings, train, data.policy, scorer)
     record = RunPaths(settings.run.workdir, settings.run.name).record
-    probe = Probe(record.weights, settings, train, tokenizer, model, device)
-    return PolicyTask(settings, model, device, train, validation, probe), digests | frozen
+    probe = Probe(record.weights, settings, train, tokenizer, model, group)
+    return PolicyTask(settings, model, group, train, validation, probe), digests | frozen
 
 
 def _check_first_stage(settings: Settings, digests: Digests) -> None:
@@ -101,7 +102,7 @@ def check_fit(settings: Settings, model: MTPForCausalLM, tokenizer: "PreTrainedT
     check_vocabulary(Named("model.tokenizer", tokenizer), "the policy", model.config.vocab_size)
 
 
-def value_task(settings: Settings, device: torch.device, poll: Poll, heartbeat: Heartbeat) -> tuple[ValueTask, Digests]:
+def value_task(settings: Settings, group: Group, poll: Poll, heartbeat: Heartbeat) -> tuple[ValueTask, Digests]:
     """Stage 1. Raises `InputError` where nothing tells right from wrong, and for models that do not fit."""
     data = _Data(settings, poll)
     train, train_pairs = _labelled(settings, data, "train")
@@ -117,7 +118,7 @@ def value_task(settings: Settings, device: torch.device, poll: Poll, heartbeat: 
         model = _value_model(settings, base, data, longest)
         key = "model.path" if settings.value.backbone is None else "value.backbone"
         digests = {**data.digests, key: base_digest(base, lambda: poll("model")) if base else None}
-    return ValueTask(settings, model, device, rows, exam), digests
+    return ValueTask(settings, model, group, rows, exam), digests
 
 
 def examination(settings: Settings, model: ValueModel, device: torch.device, check: Callable[[], None]) -> ValueTask:
@@ -125,7 +126,7 @@ def examination(settings: Settings, model: ValueModel, device: torch.device, che
     data = _Data(settings, lambda phase: check())
     validation, pairs = _labelled(settings, data, "validation")
     check_vocabulary(data.policy.tokens, "the value model", model.config.vocab_size)
-    return ValueTask(settings, model.to(device), device, validation, Exam(settings, validation, pairs))
+    return ValueTask(settings, model.to(device), Group(device), validation, Exam(settings, validation, pairs))
 
 
 class _Data:

@@ -62,20 +62,24 @@ class Task(Protocol):
     def begin(self, step: int, batches: Sequence[Batch]) -> list[Backward]:
         """Look at a whole step; returns one `Backward` for each micro-batch, to be called in order.
 
-        Every micro-batch is divided by the same counts, so that accumulation equals one large batch.
+        Every micro-batch is divided by the same counts, so that accumulation equals one large batch. Each rank is given
+        the whole step, and calls those of its own share.
         """
         ...
 
     def loss(self) -> float:
-        """Of the step, after its last micro-batch."""
+        """Of the step, after its last micro-batch: of all ranks. To be called once, by every rank."""
         ...
 
     def end(self, counted: bool) -> Step:
-        """Close the step, once its loss is known to be finite. `counted`: with histograms, which are long."""
+        """Close the step, once its loss is known to be finite. To be called by every rank.
+
+        `counted`: with histograms, which are long.
+        """
         ...
 
     def validate(self, between: Callable[[], None]) -> Result:
-        """Judge the model as it is; `between` is called before each batch and may raise to stop."""
+        """Judge the model as it is; `between` is called equally often by every rank and may raise to stop."""
         ...
 
     def record(self, step: int) -> None:

@@ -1,8 +1,9 @@
 """Stage 3's numbers: validation loss, perplexity, per-head accuracy."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 
 from wmtp_worker.data.packing import IGNORE, Batch
 from wmtp_worker.model.mtp import MTPForCausalLM, packed_attention_mask
+from wmtp_worker.training.group import Group
 from wmtp_worker.training.loss import autocast, mtp_labels
 
 
@@ -39,36 +41,51 @@ class Validation:
 def validate(
     model: MTPForCausalLM,
     batches: Iterable[Batch],
-    device: torch.device,
+    group: Group,
     precision: str,
     between: Callable[[], None],
 ) -> Validation:
-    """Run every batch through every head; `between` is called before each batch and may raise to stop."""
+    """Run every batch through every head; `between` is called before each batch and may raise to stop.
+
+    With several ranks each takes one of as many batches, and `between` is called before these.
+    """
     heads = model.heads
     # double on the host: MPS has no float64
-    loss_sums, correct, counts = ([0.0] * heads for _ in range(3))
+    sums = torch.zeros(3, heads, dtype=torch.float64)
+    loss_sums, correct, counts = sums
     model.eval()  # type: ignore[no-untyped-call]
     try:
-        for batch in batches:
+        for some in _rounds(batches, group.world):
             between()
-            batch = batch.to(device)
+            # a rank without a batch of its own helps the others to gather the layers
+            counted = group.rank < len(some)
+            batch = some[group.rank if counted else 0].to(group.device)
             targets = mtp_labels(batch.labels, batch.segment_ids, heads)
-            with autocast(device, precision):
+            with autocast(group.device, precision):
                 trunk = model.trunk(batch.input_ids, batch.position_ids, packed_attention_mask(batch.segment_ids))
                 for head in range(heads):
                     labelled = targets[..., head] != IGNORE
                     logits = model.head_logits(head + 1, trunk)[labelled].float()
+                    if not counted:
+                        continue
                     labels = targets[..., head][labelled]
                     loss_sums[head] += float(F.cross_entropy(logits, labels, reduction="sum"))
                     correct[head] += float((logits.argmax(-1) == labels).sum())
                     counts[head] += labels.numel()
     finally:
         model.train()
-    head_loss = [total / max(count, 1) for total, count in zip(loss_sums, counts, strict=True)]
+    loss_sums, correct, counts = group.sum(sums)
+    head_loss = (loss_sums / counts.clamp(min=1)).tolist()
     return Validation(
         loss=sum(head_loss) / heads,
         perplexity=math.exp(min(head_loss[0], 700.0)),
         head_loss=head_loss,
-        head_accuracy=[right / max(count, 1) for right, count in zip(correct, counts, strict=True)],
+        head_accuracy=(correct / counts.clamp(min=1)).tolist(),
         tokens=int(counts[0]),
     )
+
+
+def _rounds(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    waiting = iter(batches)
+    while some := list(islice(waiting, size)):
+        yield some

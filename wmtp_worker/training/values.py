@@ -24,6 +24,7 @@ from wmtp_worker.model.mtp import packed_attention_mask
 from wmtp_worker.model.value import ValueModel
 from wmtp_worker.settings import Settings
 from wmtp_worker.training.families import REWARD
+from wmtp_worker.training.group import Group
 from wmtp_worker.training.loss import autocast
 from wmtp_worker.training.quality import Quality, explained_variance, quality, reliability
 from wmtp_worker.training.task import Backward, Step
@@ -115,7 +116,7 @@ class ValueTask:
     """
 
     def __init__(
-        self, settings: Settings, model: ValueModel, device: torch.device, data: PairRows | Dataset, exam: Exam
+        self, settings: Settings, model: ValueModel, group: Group, data: PairRows | Dataset, exam: Exam
     ) -> None:
         self.model = model
         self.data = data
@@ -124,21 +125,21 @@ class ValueTask:
         self._pairwise = settings.value.objective == "pairwise"
         self._gamma, self._lam = settings.weighting.critic.gamma, settings.weighting.critic.lam
         self._precision = settings.training.precision
-        self._device = device
-        self._sums = torch.zeros(2, device=device)
+        self._group = group
+        self._sums = torch.zeros(2, device=group.device)
         self._count = 1
 
     def begin(self, step: int, batches: Sequence[Batch]) -> list[Backward]:
         counted = (last_tokens(batch.segment_ids) if self._pairwise else states(batch) for batch in batches)
         total = sum(int(mask.sum()) for mask in counted)
         self._count = max(total // 2 if self._pairwise else total, 1)
-        self._sums = torch.zeros(2, device=self._device)
+        self._sums = torch.zeros(2, device=self._group.device)
         learn = self._rank if self._pairwise else self._regress
         return [partial(learn, batch) for batch in batches]
 
     def _rank(self, batch: Batch) -> None:
-        batch = batch.to(self._device)
-        with autocast(self._device, self._precision):
+        batch = batch.to(self._group.device)
+        with autocast(self._group.device, self._precision):
             values = self._values(batch)
         # the first half of the rows are the correct ones
         correct, incorrect = values[last_tokens(batch.segment_ids)].chunk(2)
@@ -148,8 +149,8 @@ class ValueTask:
         self._sums += torch.stack([losses.detach().sum(), right.sum()])
 
     def _regress(self, batch: Batch) -> None:
-        batch = batch.to(self._device)
-        with autocast(self._device, self._precision):
+        batch = batch.to(self._group.device)
+        with autocast(self._group.device, self._precision):
             values = self._values(batch)
         errors = self._errors(values, batch)
         (errors.sum() / self._count).backward()
@@ -166,10 +167,11 @@ class ValueTask:
         return (values[mask] - targets[mask]).square()
 
     def loss(self) -> float:
+        self._sums = self._group.sum(self._sums)
         return float(self._sums[0]) / self._count
 
     def end(self, counted: bool) -> Step:
-        said = {"value_loss": self.loss()}
+        said = {"value_loss": float(self._sums[0]) / self._count}
         if not self._pairwise:
             return Step(said)
         right = float(self._sums[1]) / self._count
@@ -191,8 +193,8 @@ class ValueTask:
         try:
             for batch in self._exam:
                 between()
-                batch = batch.to(self._device)
-                with autocast(self._device, self._precision):
+                batch = batch.to(self._group.device)
+                with autocast(self._group.device, self._precision):
                     values = self._values(batch)
                 ends.append(values[last_tokens(batch.segment_ids)].cpu())
                 mask = states(batch)

@@ -1,7 +1,10 @@
 """The weights of a step's tokens: a family, a control, the normalisation, and what there is to log about them."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import zip_longest
 from typing import Any, Self
 
 import torch
@@ -20,7 +23,30 @@ from wmtp_worker.training.loss import Head, Weigh
 from wmtp_worker.weighting import random_matched, shuffled
 from wmtp_worker.weighting.normalise import normalise
 from wmtp_worker.weighting.spans import sequences
-from wmtp_worker.weighting.summary import clipped_share, histogram, summarise
+from wmtp_worker.weighting.statistics import Moments
+from wmtp_worker.weighting.summary import Summary, clipped, histogram
+
+
+@dataclass
+class _Told:
+    """What a rank has seen of a step's weights."""
+
+    weights: Summary = field(default_factory=Summary)
+    clipped: Moments = field(default_factory=Moments)
+    raw_clipped: Moments = field(default_factory=Moments)
+    histogram: list[int] = field(default_factory=list)
+    moments: dict[str, Moments] = field(default_factory=dict)
+
+    def __add__(self, other: "_Told") -> "_Told":
+        names = [*self.moments, *(name for name in other.moments if name not in self.moments)]
+        none = Moments()
+        return _Told(
+            self.weights + other.weights,
+            self.clipped + other.clipped,
+            self.raw_clipped + other.raw_clipped,
+            [sum(counts) for counts in zip_longest(self.histogram, other.histogram, fillvalue=0)],
+            {name: self.moments.get(name, none) + other.moments.get(name, none) for name in names},
+        )
 
 
 class Weighter:
@@ -29,12 +55,22 @@ class Weighter:
     What is known before the policy runs (uniform, critic, grpo without KL) is whitened and normalised over the whole
     step, all heads together, so accumulation equals one large batch. Families that look at the policy's losses (rho1,
     gradient, grpo with KL) are weighed and normalised for each head and micro-batch, from the forward pass that the
-    head is trained by. Controls draw from (seed, step) alone: `memory.averages` is all there is to save.
+    head is trained by. Controls draw from (seed, step, micro-batch, head) alone: `memory.averages` is all there is to
+    save.
+
+    Several ranks are each told of the whole step, and ask for the weights of their own micro-batches.
     """
 
-    def __init__(self, settings: WeightingSettings, seed: int) -> None:
+    def __init__(
+        self,
+        settings: WeightingSettings,
+        seed: int,
+        gather: Callable[[Any], list[Any]] = lambda mine: [mine],
+    ) -> None:
+        """`gather`: what each rank brings, by rank, on every rank."""
         self._settings = settings
         self._seed = seed
+        self._gather = gather
         self.memory = Memory(settings.ema_decay, settings.warmup)
         self._chance = torch.Generator()
         # of this step: weights before and after the normalisation, and which are of labelled positions
@@ -53,9 +89,9 @@ class Weighter:
         or when a `Weigh` is called.
         """
         self._given = []
-        self._chance.manual_seed(int.from_bytes(hashlib.sha256(f"weights/{self._seed}/{step}".encode()).digest()[:8]))
         if looks_at_losses(self._settings):
-            return [self._while_it_runs] * len(batches)
+            return [partial(self._while_it_runs, step, number) for number in range(len(batches))]
+        self._draw_from(step)
         masks = [target != IGNORE for target in targets]
         raw = before_the_policy(self._settings, batches, masks, self.memory)
         raw = [
@@ -70,29 +106,49 @@ class Weighter:
         `counted`: with their `weight_histogram` (`weighting.bins`), where they differ at all.
         """
         settings = self._settings
-        raw, weights, labelled = (
-            torch.cat([tensor.flatten() for tensor in tensors]) for tensors in zip(*self._given, strict=True)
-        )
-        facts: dict[str, Any] = summarise(weights, labelled)
+        told = self._told(counted)
+        if looks_at_losses(settings):  # else every rank has seen the whole step
+            told = sum(self._gather(told), _Told())
+        facts: dict[str, Any] = told.weights.facts()
         if counted and facts.get("weight_std"):
-            facts["weight_histogram"] = histogram(weights, labelled)
+            facts["weight_histogram"] = told.histogram
         if settings.normalise == "mean1_clip":
-            facts["weight_clip_ratio"] = clipped_share(weights, labelled, settings.min, settings.max)
+            facts["weight_clip_ratio"] = told.clipped.mean
         if is_exponential(settings):
-            facts["advantage_clip_ratio"] = clipped_share(raw, labelled, settings.min, settings.max)
-        for name, moments in self.memory.moments.items():
+            facts["advantage_clip_ratio"] = told.raw_clipped.mean
+        for name, moments in told.moments.items():
             facts |= {f"{name}_mean": moments.mean, f"{name}_std": moments.std}
+        self.memory.moments = told.moments
         self.memory.close_step()
         for name, average in self.memory.averages.items():
             facts |= {f"{name}_ema_mean": average.mean, f"{name}_ema_std": average.std}
         return facts
 
-    def _while_it_runs(self, head: Head) -> torch.Tensor:
+    def _told(self, counted: bool) -> _Told:
+        raw, weights, labelled = (
+            torch.cat([tensor.flatten() for tensor in tensors]) for tensors in zip(*self._given, strict=True)
+        )
+        low, high = self._settings.min, self._settings.max
+        return _Told(
+            Summary.of(weights, labelled),
+            clipped(weights, labelled, low, high),
+            clipped(raw, labelled, low, high),
+            histogram(weights, labelled) if counted else [],
+            self.memory.moments,
+        )
+
+    def _draw_from(self, *place: int) -> None:
+        """Let controls draw what belongs to this place of the run, whoever asks."""
+        text = "/".join(map(str, ("weights", self._seed, *place)))
+        self._chance.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]))
+
+    def _while_it_runs(self, step: int, number: int, head: Head) -> torch.Tensor:
         losses = head.losses
         if not torch.isfinite(losses).all():
             return torch.ones_like(losses)  # the run has diverged: its loss will tell
         raw = after_the_policy(self._settings, head, self.memory)
         labelled = (head.targets != IGNORE)[..., None]
+        self._draw_from(step, number, head.number)
         raw = self._control(raw, labelled, head.batch.segment_ids)
         return self._normalised(raw, labelled)[..., 0]
 
