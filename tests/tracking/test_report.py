@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.tracking.browser import Browser, find_chromium
-from wmtp_worker.storage.layout import TrackedRun
+from wmtp_worker.storage.layout import RunRecord
 from wmtp_worker.tracking.report import chart as charts
 from wmtp_worker.tracking.report import read_metrics, verdict
 from wmtp_worker.tracking.report.chart import Line, chart, spell, ticks
@@ -83,7 +83,7 @@ def run(tmp_path):
     """`run(name, …)`: the logs of a run that took 40 steps, as files."""
 
     def write(name="r", *, steps=40, scale=1.0, ledger=None, settings=(), text="def", validations=(10, 20, 30, 40)):
-        record = TrackedRun(tmp_path / "logs" / name)
+        record = RunRecord(tmp_path / "logs" / name)
         trained = [train_record(step, scale=scale) for step in range(1, steps + 1)]
         write_lines(record.metrics, [*trained, *(validation_record(step, scale) for step in validations)])
         write_lines(record.weights, probe_records(text=text))
@@ -148,7 +148,7 @@ def test_the_page_of_a_run_has_every_section_there_is_something_for(run):
 
 
 def test_sections_without_data_are_left_out(tmp_path):
-    record = TrackedRun(tmp_path / "bare")
+    record = RunRecord(tmp_path / "bare")
     write_lines(record.metrics, [{"kind": "train", "step": 1, "loss": 2.0}, {"kind": "train", "step": 2, "loss": 1.0}])
     html = page_of(record)
     assert anchors(html) == ["loss"]
@@ -234,14 +234,14 @@ def test_the_value_model_of_a_run_is_shown_with_it(run, tmp_path):
     value = {"value_loss": 0.3, "pairwise_accuracy": 0.8, "explained_variance": 0.4, "calibration": 0.07}
     value["reliability"] = [[0.2, 0.25, 9], [0.8, 0.7, 4]]
     write_lines(
-        TrackedRun(tmp_path / "logs" / "critic-value").metrics,
+        RunRecord(tmp_path / "logs" / "critic-value").metrics,
         [{"kind": "train", "step": 1, "value_loss": 0.5}, {"kind": "validation", "step": 1, **value}],
     )
     said, _ = words(page_of(record))
     for title in ("Value loss", "Pairwise accuracy", "Explained variance", "Calibration error", "Calibration"):
         assert title in said
     assert "perfect correct in fact" in said
-    own = verdict.of_run(read_record(TrackedRun(tmp_path / "logs" / "critic-value")))
+    own = verdict.of_run(read_record(RunRecord(tmp_path / "logs" / "critic-value")))
     assert "Validation loss 0.3 at step 1, measured once." in own.sentences
 
 

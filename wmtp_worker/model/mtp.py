@@ -74,6 +74,16 @@ class MTPForCausalLM(LlamaForCausalLM):
         return logits
 
 
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers in the order of the model: trunk, head 1, further heads."""
+    return [module for module in model.modules() if isinstance(module, LlamaDecoderLayer)]
+
+
+def heads_of(model: nn.Module) -> set[nn.Module]:
+    """Those of the decoder layers that are heads; a model that is no policy has none."""
+    return {model.model.layers[-1], *model.extra_heads} if isinstance(model, MTPForCausalLM) else set()
+
+
 def run_layers(
     llama: LlamaModel, count: int, input_ids: torch.Tensor, position_ids: torch.Tensor, attention_mask: torch.Tensor
 ) -> TrunkOutput:

@@ -19,9 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from wmtp_worker.model.mtp import MTPForCausalLM
+from wmtp_worker.model.mtp import heads_of, layers_of
 from wmtp_worker.training.group import Group
 
 
@@ -55,11 +54,6 @@ def spread(model: nn.Module, group: Group, shards: int) -> Gradients:
     if shards == 1:
         return _Replicas(model)
     return _Shards(model, group, shards)
-
-
-def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The decoder layers in the order of the model: trunk, head 1, further heads."""
-    return [module for module in model.modules() if isinstance(module, LlamaDecoderLayer)]
 
 
 def gather_whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -137,7 +131,7 @@ class _Shards(Gradients):
         self.shards = shards
         mesh = group.mesh(shards)
         layers = layers_of(model)
-        heads = _heads_of(model)
+        heads = heads_of(model)
         for layer in layers:
             # a head's backward follows its forward at once
             fully_shard(layer, mesh=mesh, reshard_after_forward=layer not in heads)
@@ -181,7 +175,3 @@ class _Shards(Gradients):
 
 def _pass_on(model: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
     return tensor * 1
-
-
-def _heads_of(model: nn.Module) -> set[nn.Module]:
-    return {model.model.layers[-1], *model.extra_heads} if isinstance(model, MTPForCausalLM) else set()
