@@ -11,10 +11,11 @@ from wmtp_worker.data.tokenizer import PACKAGED, load_tokenizer
 from wmtp_worker.model.loading import build
 from wmtp_worker.model.lora import add_lora
 from wmtp_worker.planning.measure import measure, predict
-from wmtp_worker.planning.memory import Step, layer_bytes, parts
+from wmtp_worker.planning.memory import CACHED, CHUNK, Step, layer_bytes, parts
 from wmtp_worker.planning.plan import make_plan
 from wmtp_worker.planning.policy import Shape, policy_on_meta
 from wmtp_worker.planning.work import token_flops
+from wmtp_worker.training import linear_cross_entropy
 from wmtp_worker.training.loss import head_losses_backward, mtp_labels
 
 ROWS, TIME = 2, 96
@@ -104,7 +105,12 @@ def test_what_a_layer_keeps_is_what_autograd_saves(policy, precision):
 
     def keep(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights and tensor.shape[0] * tensor.shape[-2] != model.config.hidden_size:
+        is_mask = tensor.shape[-2:] == (TIME, TIME)
+        if (
+            storage.data_ptr() not in weights
+            and not is_mask
+            and tensor.shape[0] * tensor.shape[-2] != model.config.hidden_size
+        ):
             saved[storage.data_ptr()] = (tensor, storage.nbytes())
         return tensor
 
@@ -120,6 +126,10 @@ def test_what_a_layer_keeps_is_what_autograd_saves(policy, precision):
     assert kept / layers / ROWS / TIME == pytest.approx(
         layer_bytes(Shape.of(model), Step(ROWS, TIME, precision)), rel=0.06
     )
+
+
+def test_the_chunk_is_that_of_the_loss():
+    assert (CHUNK, CACHED) == (linear_cross_entropy.CHUNK, linear_cross_entropy._CACHED)
 
 
 def test_flops_are_those_that_torch_counts(policy):

@@ -33,7 +33,8 @@ def test_seven_billion_on_eight(big):
     found = memory(plan)
     assert found["weights"] == 4 * SEVEN_B // 8
     assert found["optimizer moments"] == 8 * SEVEN_B // 8
-    assert found["one head's logits and loss"] == 12 * 32_000 * 2048
+    # states and their gradients, a chunk's logits and what comes of them, a chunk's gradient of the unembedding
+    assert found["one head's loss"] == 6 * 4096 * 2048 + 2 * (32_000 + 4096) * 512 + 2 * 32_000 * 4096
     assert memory(plan, stacked=True)["heads' logits and loss"] == 4 * 12 * 32_000 * 2048
     # 6 P a token, the embedding not multiplied, the unembedding four times instead of once, and attention
     linear = SEVEN_B - 2 * 32_000 * 4096 - (2 * 32 + 1) * 4096

@@ -5,7 +5,7 @@ section 3.1, without fp16 copies). Activations are counted as in Korthikanti et 
 in Large Transformer Models" (2022), section 4: what each operation keeps for the backward pass. Their layer is GPT's;
 ours is Llama's under transformers: RMSNorm, rotary positions, grouped queries (keys and values are repeated for all
 heads before attention), SwiGLU, no dropout, and `scaled_dot_product_attention`, which keeps the logarithm of a sum a
-row and not the attention matrix; its mask is one matrix for all heads.
+row and not the attention matrix; its mask is one matrix for all layers and heads.
 """
 
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from wmtp_worker.planning.policy import Shape
 
 WEIGHT, GRADIENT, MOMENTS = 4, 4, 8
-# of cross-entropy on whole logits: log-probabilities, their gradient, and that of the logits, all fp32, at once
-_LOSS = 12
+CHUNK = 512  # tokens whose logits exist at once, in the training's loss
+CACHED = 1 << 18  # logits that it works on at a time on a CPU
 # CUDA's context, cuBLAS' workspaces, the communicator's buffers
 _CUDA = 1 << 30
 _PROCESS = 400 << 20  # python, torch and the tokenizer on a CPU
@@ -54,25 +54,44 @@ def layer_bytes(shape: Shape, step: Step) -> int:
     """What one layer keeps for its backward pass, a token.
 
     fp32: 24 h + 16 a + 16 f. bf16 autocast: 26 h + 8 a + 8 f, because the residual stream and the norms stay fp32 and
-    each linear layer makes its own copy of its input. Frozen norms keep 8 h less. Beside that: the mask's row, the
-    attention's and the norms' statistics, the inner values of adapters.
+    each linear layer makes its own copy of its input. Frozen norms keep 8 h less. Beside that: the attention's and
+    the norms' statistics, the inner values of adapters.
     """
     h, a, f = shape.hidden, shape.attention, shape.intermediate
     numbers = 26 * h + 8 * a + 8 * f if step.precision == "bf16" else 24 * h + 16 * a + 16 * f
     if shape.lora:
         numbers -= 8 * h
-    return numbers + step.width * (step.time + shape.adapter_inner) + 4 * shape.attention_heads + 8
+    return numbers + step.width * shape.adapter_inner + 4 * shape.attention_heads + 8
+
+
+def mask_bytes(step: Step) -> int:
+    """The mask, a token: which others it sees, and what is added to its scores."""
+    return (1 + step.width) * step.time
 
 
 def head_bytes(shape: Shape, step: Step) -> int:
-    """What one head keeps, a token: its layer, the final norm, the unembedding's input, and the trunk's gradient."""
+    """What one head keeps, a token: its layer, the final norm and its output, and the trunk's gradient."""
     norm = (4 if shape.lora else 8) * shape.hidden
-    return layer_bytes(shape, step) + norm + (step.width + 4) * shape.hidden
+    return layer_bytes(shape, step) + norm + (4 + 4) * shape.hidden
 
 
-def loss_bytes(shape: Shape) -> int:
-    """What the loss of one head needs at its worst, a token: the one place that knows how the loss is computed."""
-    return _LOSS * shape.vocabulary
+def loss_bytes(shape: Shape, step: Step, stacked: bool = False) -> int:
+    """What the loss of one head needs at its worst: the one place that knows how the loss is computed.
+
+    The states that are multiplied and their gradients; of one chunk the logits, which become their own gradient, and
+    what comes of them; with bf16 a copy of them in fp32, on a CPU of some rows, and later the unembedding's gradient of
+    a chunk. `stacked`: whole logits
+    and cross-entropy, whose log-probabilities, their gradient and the logits' are there at once, fp32.
+    """
+    if stacked:
+        return 12 * shape.vocabulary * step.tokens
+    chunk = min(CHUNK, step.tokens)
+    numbers = (4 + step.width) * shape.hidden * step.tokens + step.width * (shape.vocabulary + shape.hidden) * chunk
+    if step.precision != "bf16":
+        return numbers
+    rows = chunk if step.cuda else min(chunk, max(1, CACHED // shape.vocabulary))
+    product = step.width * shape.embedding if shape.embedding_trained else 0
+    return numbers + max(4 * rows * shape.vocabulary, product)
 
 
 def parts(shape: Shape, step: Step, stacked: bool = False) -> list[Part]:
@@ -83,7 +102,8 @@ def parts(shape: Shape, step: Step, stacked: bool = False) -> list[Part]:
     """
     count, tokens, at_once = shape.total, step.tokens, shape.heads if stacked else 1
     shared = "" if step.shards == 1 else f" / {step.shards}"
-    layer, head, loss = layer_bytes(shape, step), head_bytes(shape, step), loss_bytes(shape)
+    layer, head, loss = layer_bytes(shape, step), head_bytes(shape, step), loss_bytes(shape, step, stacked)
+    chunk = min(CHUNK, tokens)
     heads = f"{at_once} × " if at_once > 1 else ""
     found = [
         Part("weights", WEIGHT * count.all // step.shards, f"4 B × {count.all:,}{shared}"),
@@ -100,11 +120,10 @@ def parts(shape: Shape, step: Step, stacked: bool = False) -> list[Part]:
             at_once * head * tokens,
             f"{heads}{head:,} B × {tokens:,} tokens",
         ),
-        Part(
-            "heads' logits and loss" if stacked else "one head's logits and loss",
-            at_once * loss * tokens,
-            f"{heads}{_LOSS} B × {shape.vocabulary:,} × {tokens:,} tokens",
-        ),
+        Part("attention mask", mask_bytes(step) * tokens, f"{mask_bytes(step):,} B × {tokens:,} tokens"),
+        Part("heads' logits and loss", at_once * loss, f"{heads}12 B × {shape.vocabulary:,} × {tokens:,} tokens")
+        if stacked
+        else Part("one head's loss", loss, f"{step.width} B × {shape.vocabulary:,} × {chunk:,} tokens, states"),
         Part("CUDA context and workspaces", _CUDA, "allowance")
         if step.cuda
         else Part("process", _PROCESS, "allowance"),

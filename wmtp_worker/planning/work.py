@@ -28,13 +28,14 @@ def step_bytes(shape: Shape, step: Step, passes: int) -> int:
 
     Each weight is read forward and backward, the unembedding by each head; gradients are written, or added to; AdamW
     reads weight, gradient and moments and writes all but the gradient, and clipping reads twice and writes once; what
-    is kept for the backward pass is written once and read once; whole logits go by six times.
+    is kept for the backward pass is written once and read once; logits are written, become their gradient, and are read
+    for two products: five times.
     """
     count, trunk, heads = shape.total, shape.trunk_layers, shape.heads
     weights = 2 * step.width * (shape.layers * shape.layer.all + heads * shape.embedding)
     gradients = GRADIENT * count.trained * 2
     kept = trunk * layer_bytes(shape, step) + heads * head_bytes(shape, step)
-    logits = 6 * 4 * heads * shape.vocabulary
+    logits = 5 * step.width * heads * shape.vocabulary
     optimizer = (2 * WEIGHT + GRADIENT + 2 * MOMENTS + 3 * GRADIENT) * count.trained // step.shards
     return passes * (weights + gradients + step.tokens * (2 * kept + logits)) + optimizer
 
