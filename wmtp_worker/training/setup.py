@@ -82,7 +82,7 @@ def build_session(
         **frozen,
     }
     if settings.training.checkpoint_activations == "full":
-        model.activation_checkpointing_enable()  # type: ignore[no-untyped-call]
+        model.activation_checkpointing_enable()
     model.to(device).train()  # type: ignore[arg-type]  # transformers hides nn.Module.to's signature
     return Session(
         settings=settings,
