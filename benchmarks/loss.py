@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the worker does
-os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")  # what is freed is given back: the high-water mark is exact
+# for the processes that measure memory: what is freed is given back at once, so the high-water mark is that of what is
+# in use. By default glibc keeps up to 200 MB of freed pieces here, and saves 3 to 6 % of the CPU seconds by it
+os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
 
 import torch
 import torch.nn.functional as F

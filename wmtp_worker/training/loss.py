@@ -4,8 +4,8 @@
 
 with N_k the number of labelled positions of head k in the whole optimizer step: the weighted form of eq. 2 in
 Gloeckle et al. (2024), averaged over heads so that it reads as nats per token. The trunk runs once; each head runs
-forward and backward and is freed before the next (their section "Memory-efficient implementation"), so only one
-head's logits exist at a time; then the trunk runs backward once with the sum of the heads' gradients.
+forward and backward and is freed before the next (their section "Memory-efficient implementation"), its logits a chunk
+of tokens at a time (`linear_cross_entropy`); then the trunk runs backward once with the sum of the heads' gradients.
 """
 
 from collections.abc import Callable
