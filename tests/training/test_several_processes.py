@@ -25,6 +25,7 @@ from wmtp_worker.tracking.metrics import read
 
 OURS = ("training.accumulation=4", "evaluation.max_batches=3", "checkpoint.keep_last=20", "cloud.provider=local")
 SECONDS = 240
+CLOCK = ("seconds", "wait", "time")
 
 
 class StopAt(StopRequest):
@@ -98,9 +99,7 @@ def content(workdir):
     paths = RunPaths(workdir, TINY_RUN)
     checkpoint = find(paths, "auto")
     final = torch.load(paths.final, weights_only=True)["model"]
-    lines = [
-        {key: value for key, value in line.items() if key not in ("seconds", "wait")} for line in read(paths.metrics)
-    ]
+    lines = [{key: value for key, value in line.items() if key not in CLOCK} for line in read(paths.metrics)]
     return {**checkpoint.model_tensors()}, dict(checkpoint.tensors(OPTIMIZER)), final, lines
 
 

@@ -140,7 +140,8 @@ def _is_finished(settings: Settings, stop: StopRequest, console: Console) -> boo
 def train_run(settings: Settings, group: Group, stop: StopRequest, console: Console) -> Summary:
     """Train one run, the policy's or a value model's, as the first rank: see `run`."""
     try:
-        return _train_run(settings, group, stop, console)
+        with group.company():
+            return _train_run(settings, group, stop, console)
     finally:
         with suppress(RankLost):
             group.after_first(f"{settings.run.name}: end")
