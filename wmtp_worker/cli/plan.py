@@ -144,10 +144,9 @@ def _facts(made: "Plan") -> Iterator[tuple[str, str]]:
         f"training.micro_batch_size={best.step.rows} training.accumulation={best.passes * best.devices}, "
         f"sharding {best.sharding}" + ("" if made.least_devices is None else f"; fits from {made.least_devices} on"),
     )
-    yield (
-        "recomputing",
-        f"the trunk's layers would keep {_gib(recomputed_bytes(shape, fit.step))} GiB (this version does not)",
-    )
+    if not fit.step.recompute:
+        kept = _gib(recomputed_bytes(shape, fit.step))
+        yield "recomputing", f"training.checkpoint_activations=full: the trunk's layers would keep {kept} GiB"
 
 
 def _range(values: Sequence[float], spelled: Callable[[float], str]) -> str:

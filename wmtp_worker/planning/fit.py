@@ -55,6 +55,7 @@ def fit(settings: Settings, shape: Shape, device: Device, devices: int) -> Fit:
     rows //= devices
     wanted = next(size for size in _divisors(rows) if size <= training.micro_batch_size)
     step = Step(wanted, settings.data.sequence_length, training.precision, cuda=device.key != "cpu")
+    step = replace(step, recompute=training.checkpoint_activations == "full")
     for shards in dict.fromkeys((1, devices)):
         if fits(shape, replace(step, shards=shards), device):
             return Fit(replace(step, shards=shards), rows // wanted, devices)

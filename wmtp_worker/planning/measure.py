@@ -53,7 +53,7 @@ def predict(shape: Shape, step: Step, passes: int, speeds: Speeds) -> float:
     tokens = passes * step.tokens
     attention = attention_flops(shape, step.time)
     return (
-        tokens * (token_flops(shape, step.time) - attention) / speeds.products
+        tokens * (token_flops(shape, step) - attention) / speeds.products
         + tokens * attention / speeds.attention
         + eager_bytes(shape, step, passes) / speeds.simple
         + tokens * shape.heads * shape.vocabulary / speeds.loss

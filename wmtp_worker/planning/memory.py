@@ -32,13 +32,15 @@ class Part:
 @dataclass(frozen=True)
 class Step:
     """How a device takes its rows: `rows` at once, of `time` tokens, in `precision`; `shards`: devices that share all
-    weights, gradients and moments (FSDP, ZeRO stage 3), 1 where each has a whole copy."""
+    weights, gradients and moments (FSDP, ZeRO stage 3), 1 where each has a whole copy; `recompute`: each layer keeps
+    its input alone, and runs forward again in the backward pass."""
 
     rows: int
     time: int
     precision: str
     shards: int = 1
     cuda: bool = True
+    recompute: bool = False
 
     @property
     def tokens(self) -> int:
@@ -103,7 +105,7 @@ def parts(shape: Shape, step: Step, stacked: bool = False) -> list[Part]:
     count, tokens, at_once = shape.total, step.tokens, shape.heads if stacked else 1
     shared = "" if step.shards == 1 else f" / {step.shards}"
     layer, head, loss = layer_bytes(shape, step), head_bytes(shape, step), loss_bytes(shape, step, stacked)
-    chunk = min(CHUNK, tokens)
+    kept, chunk = 4 * shape.hidden if step.recompute else layer, min(CHUNK, tokens)
     heads = f"{at_once} × " if at_once > 1 else ""
     found = [
         Part("weights", WEIGHT * count.all // step.shards, f"4 B × {count.all:,}{shared}"),
@@ -112,8 +114,8 @@ def parts(shape: Shape, step: Step, stacked: bool = False) -> list[Part]:
         *_copies(shape, step),
         Part(
             "trunk activations",
-            shape.trunk_layers * layer * tokens,
-            f"{shape.trunk_layers} layers × {layer:,} B × {tokens:,} tokens",
+            shape.trunk_layers * kept * tokens,
+            f"{shape.trunk_layers} layers × {kept:,} B × {tokens:,} tokens",
         ),
         Part(
             "heads' activations" if stacked else "one head's activations",
@@ -132,7 +134,7 @@ def parts(shape: Shape, step: Step, stacked: bool = False) -> list[Part]:
 
 
 def recomputed_bytes(shape: Shape, step: Step) -> int:
-    """The trunk's activations if each layer kept only its input, fp32, and ran forward again in the backward pass.
+    """The trunk's activations where each layer keeps only its input, fp32.
 
     One layer's own are there in any case, while it runs backward; that is a head's part of the account, as large.
     """

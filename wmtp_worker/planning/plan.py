@@ -181,7 +181,7 @@ def _this_cpu() -> Device:
 
 def _bounded(shape: Shape, fit: Fit, device: Device) -> Times:
     tokens = fit.step.tokens * fit.passes
-    flops = token_flops(shape, fit.step.time) * tokens
+    flops = token_flops(shape, fit.step) * tokens
     moved = step_bytes(shape, fit.step, fit.passes)
     sent = link_bytes(shape, fit.step, fit.passes, fit.devices)
     bounds = flops / device.flops, moved / device.bandwidth, sent / device.link
@@ -192,7 +192,7 @@ def _bounded(shape: Shape, fit: Fit, device: Device) -> Times:
 def _measured(shape: Shape, fit: Fit, device: Device, poll: Callable[[], None]) -> tuple[Times, Device]:
     speeds = measure(shape, fit.step, poll=poll)
     seconds = predict(shape, fit.step, fit.passes, speeds)
-    flops = token_flops(shape, fit.step.time) * fit.step.tokens * fit.passes
+    flops = token_flops(shape, fit.step) * fit.step.tokens * fit.passes
     moved = step_bytes(shape, fit.step, fit.passes)
     bounds = flops / speeds.products, moved / speeds.simple, 0.0
     basis = "speeds measured here: matrix products, attention, simple operations, loss"
@@ -223,8 +223,6 @@ def _saves(settings: Settings, model: torch.nn.Module, fit: Fit, device: Device,
 
 def _notes(settings: Settings, fit: Fit) -> list[str]:
     notes = ["hours are of the steps alone: no validation, set-up, saves or interruptions; tokens count padding"]
-    if fit.devices > 1:
-        notes.append("this version trains on one device: what is said of several is on paper")
     if settings.weighting.needs_reference or settings.weighting.needs_reward_model or settings.weighting.critic.value:
         notes.append("what frozen models say of the data is computed before the training, and is not in these figures")
     memory = settings.training.precision == "fp32" and fit.step.cuda

@@ -10,12 +10,14 @@ from wmtp_worker.planning.memory import GRADIENT, MOMENTS, WEIGHT, Step, head_by
 from wmtp_worker.planning.policy import Shape
 
 
-def token_flops(shape: Shape, time: int) -> int:
+def token_flops(shape: Shape, step: Step) -> int:
     """Floating-point operations of a step, a token, forward and backward."""
     layer, unembedding = shape.layer, shape.embedding
     matrices = shape.layers * (4 * layer.matrices + 2 * layer.trained_matrices)
     heads = shape.heads * unembedding * (6 if shape.embedding_trained else 4)
-    return matrices + heads + attention_flops(shape, time)
+    attention = attention_flops(shape, step.time)
+    again = 2 * shape.layers * layer.matrices + attention // 3 if step.recompute else 0
+    return matrices + heads + attention + again
 
 
 def attention_flops(shape: Shape, time: int) -> int:
