@@ -22,6 +22,8 @@ from wmtp_worker.storage.layout import RunPaths
 from wmtp_worker.tracking.heartbeat import Heartbeat
 from wmtp_worker.tracking.metrics import MetricsLog
 from wmtp_worker.training.bucket import RunBucket
+from wmtp_worker.training.follower import NoTracking
+from wmtp_worker.training.group import Group
 from wmtp_worker.training.loss import Head, Weigh, head_losses_backward, mtp_labels
 from wmtp_worker.training.policy import PolicyTask
 from wmtp_worker.training.session import Session
@@ -40,7 +42,8 @@ def open_session(settings: Settings, trains: bool = False) -> Session:
     paths.checkpoints.mkdir(parents=True, exist_ok=True)
     bucket = RunBucket(settings, paths, stop.check)
     heartbeat, console = Heartbeat(paths.heartbeat, paths.run), Console(file=io.StringIO())
-    session = build_session(settings, paths, stop, heartbeat, bucket, console)
+    session = build_session(settings, paths, Group(torch.device("cpu")), stop, heartbeat, bucket, console)
+    session.tracking = NoTracking()
     if trains:
         ledger = Ledger.begin(paths.ledger, paths.metrics, Phases(), gpus=1)
         session.open(MetricsLog(paths.metrics, 0), ledger)

@@ -1,5 +1,6 @@
 """The planted task: what each token is, what is read off the curves, and a whole tiny study."""
 
+import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +16,13 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 @pytest.fixture(scope="module", autouse=True)
 def _beside_each_other():
-    """The scripts find each other as they do when they are run."""
+    """The scripts find each other as they do when they are run; what they say to the log counts for them alone."""
+    log = logging.getLogger("wmtp_worker")
+    level = log.level
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCHMARKS))
         yield
+        log.setLevel(level)
         for name in [name for name in sys.modules if name.startswith("planted")]:
             del sys.modules[name]
 

@@ -51,16 +51,16 @@ class Variation:
 
 def freeze() -> None:
     """The first layer is not trained: its tensors are kept once a run, and published once."""
-    from wmtp_worker.training import setup
+    from wmtp_worker.training import stages
 
-    build = setup.build
+    build = stages.build
 
     def frozen(*arguments: Any) -> Any:
         model = build(*arguments)
         model.model.layers[0].requires_grad_(False)
         return model
 
-    setup.build = frozen
+    stages.build = frozen
 
 
 def hurry() -> None:

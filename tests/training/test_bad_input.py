@@ -54,7 +54,7 @@ def small_disk(tmp_path):
 
     yield mount
     for folder in mounted:
-        subprocess.run(["umount", str(folder)], check=True)
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def refused(result: tuple[int, str], *expected: str, code: int = 78) -> None:

@@ -72,7 +72,7 @@ class Stopped(StopRequest):
     polls = 0
 
     def check(self):
-        self.polls += sys._getframe(2).f_code.co_name == "train_step"
+        self.polls += sys._getframe(3).f_code.co_name == "train_step"
         if self.polls == 8:
             self.request("test")
         super().check()
@@ -96,7 +96,7 @@ class Filler(StopRequest):
         self._path = path
 
     def check(self):
-        if sys._getframe(2).f_code.co_name == "train_step" and not self._path.exists():
+        if sys._getframe(3).f_code.co_name == "train_step" and not self._path.exists():
             with self._path.open("wb", buffering=0) as file, suppress(OSError):
                 while file.write(bytes(4096)):
                     pass

@@ -64,6 +64,9 @@ def test_a_worker_whose_run_is_taken_ends_with_79(bucket, onlooker, tiny_run, mo
 
     def eventful(session):
         if session.progress.step == 5:
+            deadline = time.monotonic() + 20
+            while onlooker.run(RUN).published_steps() != [3] and time.monotonic() < deadline:
+                time.sleep(0.05)
             take(onlooker)
             deadline = time.monotonic() + 20
             while time.monotonic() < deadline:

@@ -24,6 +24,9 @@ def training(**changes: float) -> TrainingSettings:
         "eps": 1e-8,
         "grad_clip": 1.0,
         "precision": "fp32",
+        "label_smoothing": 0.0,
+        "z_loss": 0.0,
+        "checkpoint_activations": "none",
         "early_stopping": EarlyStoppingSettings(patience=0, min_delta=0.0),
     }
     return TrainingSettings(**(values | changes))

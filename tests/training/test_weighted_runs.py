@@ -84,7 +84,8 @@ def test_every_recipe_learns(recipe, tiny_run, frozen):
         assert line["weight_mean"] == pytest.approx(1, abs=1e-4) or recipe == "grpo"
     # not each: a step may hold one solution alone, and gradients tell little of a policy that knows nothing yet
     assert (max(line["weight_std"] for line in lines) > 0.01) == (recipe != "baseline")
-    assert all(line["loss"] == line["unweighted_loss"] for line in lines) == (recipe == "baseline")
+    alike = all(line["loss"] == pytest.approx(line["unweighted_loss"], rel=1e-6) for line in lines)
+    assert alike == (recipe == "baseline")
     log = RunPaths(frozen, "tiny").training_log.read_text()
     assert ("  weights ±" in log) == (recipe != "baseline")
 
