@@ -7,7 +7,6 @@ Memory: the bytes of all live tensors at their most, without the process's own.
 import os
 import sys
 import time
-import weakref
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -15,9 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from common import median, record
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from tests.planning.live import Live
 from wmtp_worker.data.packing import Batch
 from wmtp_worker.data.tokenizer import PACKAGED, load_tokenizer
 from wmtp_worker.model.loading import build
@@ -39,31 +37,6 @@ RUNS = {
         ("training.accumulation=2", "training.micro_batch_size=2"),
     ),
 }
-
-
-class Live(TorchDispatchMode):
-    """The bytes of all tensors that are alive, and the most there ever were."""
-
-    def __init__(self, known):
-        super().__init__()
-        self.sizes, self.now, self.peak = {}, 0, 0
-        for tensor in known:
-            self.add(tensor)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self.add(leaf)
-        return result
-
-    def add(self, tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.sizes:
-            self.sizes[storage._cdata] = storage.nbytes()
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, lambda key: setattr(self, "now", self.now - self.sizes.pop(key)), storage._cdata)
 
 
 def one(preset, overrides):
@@ -96,7 +69,7 @@ def one(preset, overrides):
         predicted.append((before + after) / 2)
         measured.append(taken)
         ratios.append(predicted[-1] / taken)
-    with Live([parameter.data for parameter in model.parameters()]) as live:
+    with Live(*(parameter.data for parameter in model.parameters())) as live:
         for state in optimizer.state.values():
             for tensor in state.values():
                 live.add(tensor)

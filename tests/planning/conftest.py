@@ -1,14 +1,11 @@
 """Policies so small that their figures can be counted, and the bytes that a real step holds."""
 
 import json
-import weakref
 
 import pytest
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from tests.conftest import TINY
+from tests.planning.live import Live
 from wmtp_worker.settings import load
 
 # of Llama 2 7B, its last four layers as heads: what Meta's 7b_1t_4 is, too
@@ -41,34 +38,6 @@ def settings(tmp_path):
         return load(preset=preset, overrides=chosen, environ={})
 
     return make
-
-
-class Live(TorchDispatchMode):
-    """The bytes of all tensors that are alive, and the most there ever were."""
-
-    def __init__(self, *known):
-        super().__init__()
-        self._sizes, self.now, self.peak = {}, 0, 0
-        for tensor in known:
-            self._add(tensor)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self._add(leaf)
-        return result
-
-    def _add(self, tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._sizes:
-            self._sizes[storage._cdata] = storage.nbytes()
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._gone, storage._cdata)
-
-    def _gone(self, key):
-        self.now -= self._sizes.pop(key, 0)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import copy
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,7 +36,7 @@ class Cost:
     busy: float = 0.0
 
 
-class Job:
+class Job(ABC):
     """Something to copy and to write. `pool` is where its buffers come from."""
 
     name: str
@@ -62,9 +63,11 @@ class Job:
         self.contents = self._find(ranks)
         self.bytes = sum(value.nbytes for content in self.contents.values() for value in content.tensors.values())
 
+    @abstractmethod
     def _find(self, ranks: Ranks) -> Mapping[str, Content]:
-        raise NotImplementedError
+        """What is to be written, by the name of the file."""
 
+    @abstractmethod
     def goes_on(self) -> None:
         """The training goes on."""
 
@@ -113,6 +116,9 @@ class ExportJob(Job):
 
     def _find(self, ranks: Ranks) -> Mapping[str, Content]:
         return {WEIGHTS: Content(self._live)}
+
+    def goes_on(self) -> None:
+        """What it waited is not counted: pauses are those of saves."""
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
