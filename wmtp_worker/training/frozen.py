@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +24,6 @@ from wmtp_worker.model.stored import map_pickled
 from wmtp_worker.model.value import rebuild_value
 from wmtp_worker.settings import Settings
 from wmtp_worker.training.families import REFERENCE_LOSS, REWARD, VALUE
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 
