@@ -22,17 +22,17 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the worker does
 # for the processes that measure memory: what is freed is given back at once, so the high-water mark is that of what is
-# in use. By default glibc keeps up to 200 MB of freed pieces here, and saves 3 to 6 % of the CPU seconds by it
+# in use. By default glibc keeps up to 200 MB of freed pieces here, and saves a few per cent of the CPU seconds by it
 os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
 
 import torch
 import torch.nn.functional as F
 from common import RESULTS, median, record
-from torch.utils.flop_counter import FlopCounterMode, addmm_flop
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
 from wmtp_worker.data.packing import Batch
-from wmtp_worker.model.mtp import MTPForCausalLM, packed_attention_mask
+from wmtp_worker.model.mtp import MTPForCausalLM, checkpoint_activations, packed_attention_mask
 from wmtp_worker.training import linear_cross_entropy
 from wmtp_worker.training.loss import Head, autocast, head_losses_backward, mtp_labels
 
@@ -151,7 +151,7 @@ def looking(step: Step) -> None:
 
 def checkpointed(step: Step) -> None:
     """The worker's, with training.checkpoint_activations=full."""
-    step.model.activation_checkpointing_enable()
+    checkpoint_activations(step.model)
     ours(step)
     step.model.activation_checkpointing_disable()
 
@@ -234,7 +234,7 @@ def seconds(shape: str, heads: int, precision: str, rounds: int) -> dict[str, di
 def products(shape: str, heads: int, precision: str, rounds: int) -> dict[str, Any]:
     """The floating-point operations of a step of ours over the speed of products alone, and the step's profile."""
     step = Step(shape, heads, precision)
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flop}) as counter:
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_flop}) as counter:
         step.take(ours)
     operations = counter.get_total_flops()
     speed = _speed(step, rounds)
@@ -256,6 +256,11 @@ def products(shape: str, heads: int, precision: str, rounds: int) -> dict[str, A
         "over": round(statistics.median(cpu) * speed / operations, 3),
         "profile": {event.key: round(event.self_cpu_time_total / total, 3) for event in largest},
     }
+
+
+def _addmm_flop(total: torch.Size, left: torch.Size, right: torch.Size, **_: Any) -> int:
+    """Of the one in place, which the counter does not know."""
+    return 2 * left[0] * left[1] * right[1]
 
 
 def _speed(step: Step, rounds: int) -> float:
@@ -309,6 +314,7 @@ def draw(found: dict[str, dict[str, dict[str, float]]], picture: Path) -> None:
     """Memory and CPU seconds of a step against the number of heads, of the first shape."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     # Okabe and Ito's colours, told apart with any kind of colour vision
     styles = dict(
@@ -324,8 +330,11 @@ def draw(found: dict[str, dict[str, dict[str, float]]], picture: Path) -> None:
                 marker = "osD^vPX"[number]
                 axes.plot(*zip(*known, strict=True), marker=marker, color=colour, label=way, alpha=0.85)
             axes.set(title=f"{precision}: {label}", xlabel="heads", xticks=heads, yscale="log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
             axes.grid(which="both", alpha=0.3)
-    row[0].legend(fontsize=8)
+    figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(styles), fontsize=8)
     figure.suptitle("One training step by the way to the loss: 6 layers of trunk, vocabulary 32,000, 2,048 tokens")
     with picture.open("wb") as file:
         FigureCanvasAgg(figure).print_png(file)

@@ -3,6 +3,7 @@
 import os
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -20,6 +21,7 @@ from wmtp_worker.tracking.metrics import MetricsLog
 from wmtp_worker.training.bucket import RunBucket
 from wmtp_worker.training.group import Group
 from wmtp_worker.training.loop import train_step
+from wmtp_worker.training.prefetch import Prefetcher
 from wmtp_worker.training.session import Session
 from wmtp_worker.training.setup import build_session
 
@@ -44,16 +46,21 @@ def session(packing: bool, folder: Path) -> Session:
     return made
 
 
+def prefetcher(made: Session) -> Prefetcher:
+    return Prefetcher(made.task.data, made.settings.training, made.group)
+
+
 def main() -> None:
     rates: dict[bool, list[float]] = {True: [], False: []}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         sessions = {packing: session(packing, Path(folder)) for packing in rates}
-        for made in sessions.values():
-            train_step(made)  # the first step allocates
+        ahead = {packing: stack.enter_context(prefetcher(made)) for packing, made in sessions.items()}
+        for packing, made in sessions.items():
+            train_step(made, ahead[packing])  # the first step allocates
         for _ in range(STEPS):
             for packing, made in sessions.items():
                 tokens, started = made.progress.tokens, time.process_time()
-                train_step(made)
+                train_step(made, ahead[packing])
                 rates[packing].append((made.progress.tokens - tokens) / (time.process_time() - started))
         for made in sessions.values():
             made.metrics.close()

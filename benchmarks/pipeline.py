@@ -9,14 +9,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 from common import mbpp, median, record
-from packing import session
+from packing import prefetcher, session
 
 from wmtp_worker.data.packing import pack
 from wmtp_worker.data.tokenizer import PACKAGED, load_tokenizer
 from wmtp_worker.settings import load
 from wmtp_worker.tracking.metrics import read
 from wmtp_worker.training.loop import train_step
-from wmtp_worker.training.setup import load_split
+from wmtp_worker.training.splits import load_split
 
 STEPS, ROUNDS, EPOCHS = 12, 5, 5
 
@@ -24,8 +24,9 @@ STEPS, ROUNDS, EPOCHS = 12, 5, 5
 def waits(folder: Path) -> float:
     """Median share of a step's wall time that it waits for its batch."""
     made = session(True, folder)
-    for _ in range(STEPS):
-        train_step(made)
+    with prefetcher(made) as ahead:
+        for _ in range(STEPS):
+            train_step(made, ahead)
     made.metrics.close()
     return median([line["wait"] / line["seconds"] for line in read(made.paths.metrics) if line["kind"] == "train"][1:])
 

@@ -7,6 +7,7 @@ Memory: the bytes of all live tensors at their most, without the process's own.
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -19,6 +20,8 @@ from tests.planning.live import Live
 from wmtp_worker.data.packing import Batch
 from wmtp_worker.data.tokenizer import PACKAGED, load_tokenizer
 from wmtp_worker.model.loading import build
+from wmtp_worker.model.lora import add_lora
+from wmtp_worker.model.mtp import checkpoint_activations
 from wmtp_worker.planning.measure import measure, predict
 from wmtp_worker.planning.memory import Step, parts
 from wmtp_worker.planning.policy import Shape
@@ -36,26 +39,42 @@ RUNS = {
         "local-light",
         ("training.accumulation=2", "training.micro_batch_size=2"),
     ),
+    "128 wide, 4 layers, n = 4, weights from losses": ("smoke", ("weighting.family=gradient",)),
+    "128 wide, 4 layers, n = 4, LoRA": ("smoke", ("lora.rank=8",)),
+    "256 wide, 4 layers, n = 2, layers recomputed": (
+        "smoke",
+        (*WIDER, "model.heads=2", "training.checkpoint_activations=full"),
+    ),
+    "256 wide, 4 layers, n = 2, bf16": ("smoke", (*WIDER, "model.heads=2", "training.precision=bf16")),
 }
 
 
 def one(preset, overrides):
     settings = load(preset=preset, overrides=overrides, environ={})
     training, length = settings.training, settings.data.sequence_length
-    model = build(settings, load_tokenizer(PACKAGED))
-    shape = Shape.of(model)
-    step = Step(training.micro_batch_size, length, training.precision, cuda=False)
+    model = build(settings, load_tokenizer(PACKAGED)).train()
+    if settings.lora.rank:
+        add_lora(model, **settings.lora.model_dump())
+    if again := training.checkpoint_activations == "full":
+        checkpoint_activations(model)
+    shape, looks = Shape.of(model), settings.weighting.looks_at_losses
+    step = Step(training.micro_batch_size, length, training.precision, cuda=False, recompute=again)
+    step = replace(step, looked_at=settings.weighting.weighed_share if looks else None)
     ids = torch.randint(0, shape.vocabulary, (step.rows, length))
     positions, segments = torch.arange(length).repeat(step.rows, 1), torch.ones_like(ids)
     batch, targets = Batch(ids, ids, positions, segments), mtp_labels(ids, segments, model.heads)
     counts = torch.full((model.heads,), float(ids.numel()))
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, fused=True)
+
+    def weigh(head):
+        return torch.ones_like(head.losses if looks else head.targets, dtype=torch.float32)
 
     def take():
         optimizer.zero_grad(set_to_none=True)
         for _ in range(training.accumulation):
-            head_losses_backward(model, batch, targets, lambda head: torch.ones_like(head.losses), counts, "fp32")
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            head_losses_backward(model, batch, targets, weigh, counts, training.precision)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
 
     take()  # the first one allocates
@@ -69,10 +88,9 @@ def one(preset, overrides):
         predicted.append((before + after) / 2)
         measured.append(taken)
         ratios.append(predicted[-1] / taken)
-    with Live(*(parameter.data for parameter in model.parameters())) as live:
-        for state in optimizer.state.values():
-            for tensor in state.values():
-                live.add(tensor)
+    held = [parameter.data for parameter in model.parameters()]
+    held += [tensor for state in optimizer.state.values() for tensor in state.values()]
+    with Live(*held) as live:
         take()
     planned = sum(part.bytes for part in parts(shape, step) if part.name != "process")
     return {

@@ -163,6 +163,7 @@ def cost(plan: Plan, work: Path, rate: float, rounds: int = 12) -> dict[str, Any
     from planted_probe import open_session
 
     from wmtp_worker.training.loop import train_step
+    from wmtp_worker.training.prefetch import Prefetcher
 
     def cpu(of: Callable[[], Any]) -> tuple[float, Any]:
         started = time.process_time()
@@ -182,11 +183,11 @@ def cost(plan: Plan, work: Path, rate: float, rounds: int = 12) -> dict[str, Any
             scoring[family] = max(first - again, 0.0)
         sessions = {family: open_session(one, trains=True) for family, one in settings.items()}
         seconds: dict[str, list[float]] = {family: [] for family in families}
-        for session in sessions.values():
-            train_step(session)  # the first one allocates
-        for _ in range(min(rounds, plan.steps - 1)):
+        for _ in range(min(rounds + 1, plan.steps)):
             for family, session in sessions.items():
-                seconds[family].append(cpu(lambda session=session: train_step(session))[0])
+                with Prefetcher(session.task.data, session.settings.training, session.group) as ahead:
+                    seconds[family].append(cpu(lambda session=session, ahead=ahead: train_step(session, ahead))[0])
+        seconds = {family: measured[1:] for family, measured in seconds.items()}  # the first one allocates
         for session in sessions.values():
             session.metrics.close()
     uniform = seconds["uniform"]

@@ -8,14 +8,15 @@ used otherwise two processes get less than two cores: look at the CPU seconds to
 """
 
 import argparse
-import json
-import os
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
+
+from common import median, record
 
 from wmtp_worker.tracking.metrics import read
 
@@ -63,19 +64,16 @@ def main() -> None:
                 found[way] = run(Path(folder), options.preset, options.steps, processes, shards)
             print(f"round {number + 1}  {way}: {found[way][0]:,.0f} tokens/s, {found[way][1]:.0f} CPU s", flush=True)
         rounds.append(found)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    result = {"cores": cores, "threads": 1, "preset": options.preset, "steps": options.steps, "ways": {}}
+    result: dict[str, Any] = {"threads": 1, "preset": options.preset, "steps": options.steps, "ways": {}}
     for way, (processes, _) in WAYS.items():
-        ratios = [found[way][0] / found["one process"][0] for found in rounds]
+        ratio = median([found[way][0] / found["one process"][0] for found in rounds])
         result["ways"][way] = {
-            "tokens_per_second": round(statistics.median(found[way][0] for found in rounds)),
-            "speed_up": round(statistics.median(ratios), 3),
-            "efficiency": round(statistics.median(ratios) / processes, 3),
-            "cpu_seconds": round(statistics.median(found[way][1] for found in rounds), 1),
+            "tokens_per_second": round(median([found[way][0] for found in rounds])),
+            "speed_up": ratio,
+            "efficiency": round(ratio / processes, 3),
+            "cpu_seconds": round(median([found[way][1] for found in rounds]), 1),
         }
-    print(json.dumps(result, indent=2))
-    path = Path(__file__).parent / "results" / "ranks.json"
-    path.write_text(json.dumps({**result, "rounds": rounds}, indent=2) + "\n")
+    record("ranks", {**result, "rounds": rounds})
 
 
 if __name__ == "__main__":

@@ -20,15 +20,25 @@ SECRET_VARIABLES=(
   MLFLOW_TRACKING_TOKEN
 )
 
+# the commands of wmtp itself, but for `train`; a test holds them equal to those it has
+COMMANDS=(plan evaluate report checkpoints assets models data sync tracking launch doctor host settings)
+
 usage() {
   cat <<'TEXT'
 docker run [...] -v NAME:/workspace IMAGE [command]
 
   train [options]        train, or go on with a run (the default): train --preset smoke --resume auto
+  plan [options]         what a run will need and cost
   evaluate RUN           evaluate a run's checkpoint
+  report RUN...          a page about a run, or several compared
   checkpoints ls|verify  what is in a run, and whether it is whole
   assets ls|pull|push    models and data sets by name, from the bucket or the hub
+  models show|convert    what a model is, another layout of it
+  data show|label        what a data set is; which solutions are right, by running them
   sync push|pull|ls      copy what differs between a folder and a bucket
+  tracking check|push    does the MLflow server answer? send it a run afterwards
+  launch                 start a job on a machine, by ssh or a host's own API
+  host stop --dry-run    how this rented machine would be stopped
   doctor                 is this machine fit? what to do if not
   settings show          the settings a run would have, and where each comes from
   health                 is the training alive? (what HEALTHCHECK asks)
@@ -76,19 +86,22 @@ _main() {
   case $1 in
   train)
     check_torch
+    # the container's exit code tells the host whether to start it again
+    if [[ ${WMTP_RESTART:-auto} == auto ]]; then export WMTP_RESTART=never; fi
     exec "$WMTP_ROOT/entrypoint/start.sh" "${@:2}"
     ;;
   evaluate)
     check_torch
     exec wmtp "$@"
     ;;
-  checkpoints | assets | sync | doctor | settings | --version) exec wmtp "$@" ;;
+  --version) exec wmtp "$@" ;;
   health) exec "$WMTP_ROOT/entrypoint/health.sh" ;;
   shell) exec bash "${@:2}" ;;
   help | -h | --help) usage ;;
   *)
+    if [[ " ${COMMANDS[*]} " == *" $1 "* ]]; then exec wmtp "$@"; fi
     command -v -- "$1" >/dev/null || fail "unknown command: $1" \
-      "one of train, evaluate, checkpoints, assets, sync, doctor, settings, health, shell, help, or a program of the image"
+      "one of train, $(printf '%s, ' "${COMMANDS[@]}")health, shell, help, or a program of the image"
     exec "$@"
     ;;
   esac

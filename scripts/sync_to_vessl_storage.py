@@ -83,21 +83,20 @@ def told(settings: Settings, asked: argparse.Namespace) -> Iterator[dict[str, fl
                 experiment = find_experiment(made, f"{prefix}/storage_sync")
                 run_id = made.create_run(experiment, tags=tags, run_name="storage sync").info.run_id
             client = made
+    done = False
     try:
         yield numbers
-    except BaseException:
-        if client is not None:
+        done = True
+    finally:
+        if client is not None:  # each by itself: what does not arrive keeps nothing else away
             with warned(uri):
-                client.set_tag(run_id, TAG, "False")
-                client.set_terminated(run_id, status="FAILED")
-        raise
-    if client is not None:
-        with warned(uri):
-            for key, value in numbers.items():
-                client.log_metric(run_id, key, value, timestamp=int(time.time() * 1000))
-            client.set_tag(run_id, TAG, "True")
-            if asked.run_id is None:
-                client.set_terminated(run_id, status="FINISHED")
+                client.set_tag(run_id, TAG, str(done))
+            if asked.run_id is None or not done:
+                with warned(uri):
+                    client.set_terminated(run_id, status="FINISHED" if done else "FAILED")
+            with warned(uri):
+                for key, value in numbers.items():
+                    client.log_metric(run_id, key, value, timestamp=int(time.time() * 1000))
 
 
 @contextlib.contextmanager

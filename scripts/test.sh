@@ -20,7 +20,7 @@ stage() {
 }
 
 lint() {
-  local scripts=(entrypoint/*.sh scripts/*.sh .ci/run)
+  local scripts=(entrypoint/*.sh scripts/*.sh docker/*/*.sh wmtp_worker/launch/*.sh .ci/run)
   stage "ruff format" ruff format --check --quiet .
   stage "ruff check" ruff check --quiet .
   stage mypy mypy --no-error-summary
@@ -36,12 +36,22 @@ imports() {
   words=$(lint-imports --no-cache 2>&1) || { echo "$words" && return 1; }
 }
 
-# Azurite, for the tests of Azure. The stamp is written last; the lock names no registry, npm's own setting does.
-azurite() {
-  local from=tests/servers/azurite to=.cache/azurite
+# Azurite, for the tests of Azure, and bats, for those of shell functions.
+npm_packages() {
+  npm_package tests/servers/azurite .cache/azurite "the tests of Azure" &&
+    npm_package tests/entrypoint/bats .cache/bats "the tests of shell functions"
+}
+
+shell_functions() {
+  [[ ! -e .cache/bats/installed ]] || BATS_TEST_TIMEOUT=60 bash .cache/bats/node_modules/bats/bin/bats tests/entrypoint
+}
+
+# Installs the lock in folder $1 into $2. The stamp is written last; the lock names no registry, npm's own setting does.
+npm_package() {
+  local from=$1 to=$2
   if cmp --silent "$from/package-lock.json" "$to/installed"; then return; fi
   if ! command -v npm >/dev/null && ! (apt_command npm >/dev/null && apt_install "there is no npm" nodejs npm); then
-    say "there is no npm: the tests of Azure will be skipped"
+    say "there is no npm: $3 will be skipped"
     return
   fi
   mkdir -p "$to" && cp "$from"/*.json "$to"
@@ -85,13 +95,34 @@ chromium() {
   fi
 }
 
+# OpenSSH's server, for the tests of launching, unpacked from Debian's packages and not installed: nobody wants one that
+# starts by itself. nss_wrapper gives the user of the tests another home, and root's sshd the user it asks for.
+sshd() {
+  local to=$PWD/.cache/sshd packages
+  if [[ -x $to/usr/sbin/sshd ]]; then return; fi
+  if ! command -v apt-get >/dev/null || ! command -v dpkg >/dev/null; then
+    say "there is no apt-get: the tests of launching over ssh need an sshd, or will be skipped"
+    return
+  fi
+  packages=$(mktemp -d)
+  # lists that are old, or not there, are renewed where that is allowed
+  (cd "$packages" && {
+    apt-get -qq download openssh-server libwrap0 libnss-wrapper ||
+      { apt-get -qq update && apt-get -qq download openssh-server libwrap0 libnss-wrapper; }
+  }) >"$packages/log" 2>&1 || { cat "$packages/log" >&2 && return 1; }
+  mkdir -p "$to"
+  for package in "$packages"/*.deb; do dpkg -x "$package" "$to"; done
+  rm -rf "$packages"
+  command -v ssh-keygen >/dev/null || apt_install "there is no ssh-keygen" openssh-client
+}
+
 _main() {
   [[ ${1:-} == -- ]] && shift
   cd "$WMTP_ROOT"
   # npm downloads meanwhile; where it has to be installed first, that is done afterwards: apt is for one at a time
   local npm=
   if command -v npm >/dev/null; then
-    azurite >/dev/null &
+    npm_packages >/dev/null &
     npm=$!
   fi
   ensure_venv dev
@@ -103,10 +134,12 @@ _main() {
     say "failed: $(printf '%s, ' "${failed[@]}" | sed 's/, $//') (the tests were not run)"
     exit 1
   fi
-  if [[ -n $npm ]]; then stage azurite wait "$npm"; else stage azurite azurite; fi
+  if [[ -n $npm ]]; then stage npm wait "$npm"; else stage npm npm_packages; fi
+  stage bats shell_functions
   stage chromium chromium
+  stage sshd sshd
   # everything goes to several processes; for a few tests, starting those takes longer than it saves
-  (($# > 0)) || set -- -n logical --maxprocesses 4 --dist loadgroup
+  (($# > 0)) || set -- -n logical --maxprocesses 4 --dist loadgroup --durations 30
   stage pytest python -m pytest "$@"
   say "$SECONDS s in all"
   ((${#failed[@]} == 0))

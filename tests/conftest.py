@@ -5,21 +5,32 @@ import io
 import json
 import os
 import signal
+import subprocess
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from rich.console import Console
 
+from tests.disks import mounted
 from tests.servers.azure import azure_server  # noqa: F401
 from tests.servers.directory import directory_server  # noqa: F401
 from tests.servers.gcs import fake_gcs_server, gcs_process, gcs_server  # noqa: F401
 from tests.servers.hub import hub  # noqa: F401
+from tests.servers.nvidia.acting import acting_driver  # noqa: F401
 from tests.servers.s3 import s3_server, s3_tls_server, seaweed  # noqa: F401
 from wmtp_worker.host.stop import StopRequest
 from wmtp_worker.settings import load
 from wmtp_worker.storage.layout import RunPaths
+
+# the same examples each time: a failure is one of the change that is tested; --hypothesis-profile=default draws others
+hypothesis.settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("repeatable")
 
 TINY_RUN = "tiny"
 # twelve steps with every kind of event between them: validations, saves, pruning, several epochs' borders
@@ -46,8 +57,30 @@ TINY = (
 )
 
 
+CREDENTIALS = ("AWS_", "AZURE_", "GOOGLE_", "GCLOUD_", "STORAGE_EMULATOR_", "BOTO_")
 # what the tests themselves are told by
-FOR_THE_TESTS = ("WMTP_TEST_DATA", "WMTP_BASE_IMAGE", "WMTP_REQUIRE_CONTAINERS", "WMTP_VENV")
+FOR_THE_TESTS = (
+    "WMTP_TEST_DATA",
+    "WMTP_TEST_COMPILE",
+    "WMTP_TEST_MACHINES",
+    "WMTP_BASE_IMAGE",
+    "WMTP_REQUIRE_CONTAINERS",
+    "WMTP_VENV",
+)
+
+
+@pytest.fixture
+def use_environ(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Give the process these variables, and nobody else's credentials."""
+
+    def use(environ: Any) -> None:
+        for name in list(os.environ):
+            if name.startswith(CREDENTIALS):
+                monkeypatch.delenv(name)
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value)
+
+    return use
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -67,6 +100,22 @@ def _clean_environment(monkeypatch):
 
 
 @pytest.fixture
+def small_disk(tmp_path):
+    """Mount a file system of so many kilobytes, or give the one that is there another size."""
+    folder = tmp_path / "disk"
+    with ExitStack() as stack:
+
+        def mount(kilobytes):
+            if folder.is_mount():
+                subprocess.run(["mount", "-o", f"remount,size={kilobytes}k", folder], check=True)
+            else:
+                stack.enter_context(mounted(folder, f"size={kilobytes}k"))
+            return folder
+
+        yield mount
+
+
+@pytest.fixture
 def one_thread():
     """Torch with one thread: tiny tensors gain nothing from more."""
     import torch
@@ -83,12 +132,19 @@ def tiny_settings() -> tuple[str, ...]:
     return TINY
 
 
+def write_every_save(patch: pytest.MonkeyPatch) -> None:
+    """Let no save take another's place, however busy the machine: tests say which steps are there."""
+    from wmtp_worker.checkpoint import saver
+    from wmtp_worker.checkpoint.queue import Queue
+
+    patch.setattr(saver, "Queue", lambda replaces, tick: Queue(replaces=False, tick=tick))
+
+
 @pytest.fixture(scope="session")
 def tiny_run() -> Callable[..., Any]:
     """Train the tiny run in this process: `tiny_run(workdir, *overrides, stop=…, resume=…)` returns the summary.
 
-    Without `report=True` the report is empty: making it takes as long as all the rest. Each save is written, however
-    busy the machine: tests say which steps are there.
+    Without `report=True` the report is empty: making it takes as long as all the rest.
     """
 
     def train(
@@ -98,7 +154,7 @@ def tiny_run() -> Callable[..., Any]:
         resume: Any = "auto",
         report: bool = False,
     ) -> Any:
-        from wmtp_worker.checkpoint import saver
+        from wmtp_worker.training import report as pages
         from wmtp_worker.training import run
 
         settings = load(
@@ -106,11 +162,10 @@ def tiny_run() -> Callable[..., Any]:
             options={"run.name": TINY_RUN, "run.workdir": str(workdir), "run.resume": resume},
             environ={},
         )
-        queue = saver.Queue
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(saver, "Queue", lambda replaces, tick: queue(replaces=False, tick=tick))
+            write_every_save(patch)
             if not report:
-                patch.setattr(run, "write_report", lambda records, path: path.touch())
+                patch.setattr(pages, "write_report", lambda records, path: path.touch())
             return run.run(settings, stop or StopRequest(), Console(file=io.StringIO()))
 
     return train

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import socket
 import time
 import traceback
 
@@ -10,13 +9,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests.servers.processes import free_ports
+
 _IMPORTS = [
     "torch.distributed.checkpoint",
     "torch.distributed.fsdp",
     "wmtp_worker.checkpoint.restore",
     "wmtp_worker.training.gradients",
 ]
-_SECONDS = 240  # after which processes that hang are killed
+_SECONDS = 600  # after which processes that hang are killed
 
 
 def together(world, job, *arguments):
@@ -26,9 +27,7 @@ def together(world, job, *arguments):
 
 def apart(world, job, *arguments):
     """The same with torchrun's variables instead of a group."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     # one server imports torch, once; the processes are its children
     multiprocessing.set_forkserver_preload(_IMPORTS)
     arguments = (world, port, job, arguments)

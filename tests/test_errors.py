@@ -16,6 +16,7 @@ KINDS = {
     errors.TrainingDiverged: 78,
     errors.RunHeldError: 79,
     errors.Interrupted: 75,
+    errors.HostError: 75,
     errors.NotSafeError: 74,
     errors.StorageError: 75,
     errors.ObjectNotFound: 78,

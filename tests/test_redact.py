@@ -1,8 +1,13 @@
 """Planted secrets must not come out anywhere."""
 
+import base64
+import html
 import io
+import json
 import logging
+from functools import partial
 
+import markupsafe
 import pytest
 
 from wmtp_worker.redact import MASK, RedactingFilter, Redactor, redact, redact_values
@@ -18,7 +23,6 @@ SECRET = "p1anted/s3cret+value"
         "AWS_SESSION_TOKEN",
         "AZURE_STORAGE_CONNECTION_STRING",
         "HF_TOKEN",
-        "MLFLOW_TRACKING_USERNAME",
         "MLFLOW_TRACKING_PASSWORD",
         "MY_API_KEY",
         "db_password",
@@ -41,6 +45,7 @@ def test_values_of_variables_that_look_secret(name):
         {"WMTP_MODEL__TOKENIZER": "/srv/tokenizer"},
         {"WMTP_MODEL__KEY_VALUE_HEADS": "12345678"},
         {"HOME": "/home/me/and"},
+        {"MLFLOW_TRACKING_USERNAME": "s3://lab-mlflow/"},
     ],
 )
 def test_values_that_are_no_secrets_stay(environ):
@@ -57,6 +62,31 @@ def test_a_secret_is_text_not_a_pattern():
     assert Redactor({"A_TOKEN": "a.c(d+[e"})("a.c(d+[e abc(d+[e") == f"{MASK} abc(d+[e"
 
 
+AWKWARD = "pa\"ss'&w\\o<r>d\n\u00e9"
+
+
+@pytest.mark.parametrize(
+    "encode",
+    [
+        json.dumps,
+        partial(json.dumps, ensure_ascii=False),
+        repr,
+        html.escape,
+        partial(html.escape, quote=False),
+        lambda text: str(markupsafe.escape(text)),
+        lambda text: html.escape(json.dumps(text)),
+        lambda text: str(markupsafe.escape(json.dumps(text))),
+        lambda text: base64.b64encode(f"someone:{text}".encode()).decode(),
+    ],
+)
+def test_a_secret_in_whatever_it_is_written_into(encode):
+    redactor = Redactor({"MLFLOW_TRACKING_USERNAME": "someone", "MLFLOW_TRACKING_PASSWORD": AWKWARD})
+    shown = redactor(f"before {encode(AWKWARD)} after")
+    assert shown.replace("&quot;", '"').replace("&#34;", '"') in (
+        f"before {quote}{MASK}{quote} after" for quote in ("", '"', "'")
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "masked"),
     [
@@ -68,6 +98,10 @@ def test_a_secret_is_text_not_a_pattern():
         ("AccountName=a;AccountKey=abc==;Suffix=b", "AccountName=a;AccountKey=***;Suffix=b"),
         ("https://b.s3/k?X-Amz-Signature=12ab&X-Amz-Date=3", "https://b.s3/k?X-Amz-Signature=***&X-Amz-Date=3"),
         ("https://b.blob/k?sv=1&sig=ab%2B&se=2", "https://b.blob/k?sv=1&sig=***&se=2"),
+        ("Authorization: Basic d210cDpwYXNz==, next", "Authorization: Basic ***, next"),
+        ("{'authorization': 'Bearer ab.c-d_e'}", "{'authorization': 'Bearer ***'}"),
+        ('{\\"Authorization\\": \\"Basic d210cA==\\"}', '{\\"Authorization\\": \\"Basic ***\\"}'),
+        ("basic facts, bearer of news", "basic facts, bearer of news"),
         ("https://t0ken@host/path", "https://***@host/path"),
         ("ssh://git@host/path", "ssh://git@host/path"),
         ("https://host:8080/path", "https://host:8080/path"),

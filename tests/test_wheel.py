@@ -12,9 +12,10 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_an_installed_wheel_trains(tmp_path, tiny_settings):
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*build, "--wheel-dir", str(tmp_path), str(ROOT)], check=True, timeout=120)
+    subprocess.run([*build, "--wheel-dir", str(tmp_path), str(ROOT)], check=True, timeout=240)
     (wheel,) = tmp_path.glob("wmtp_worker-*.whl")
     installed = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
@@ -25,7 +26,7 @@ def test_an_installed_wheel_trains(tmp_path, tiny_settings):
 
     def python(*arguments: str) -> str:
         result = subprocess.run(
-            [sys.executable, *arguments], cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=120
+            [sys.executable, *arguments], cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=240
         )
         assert result.returncode == 0, result.stderr
         return result.stdout

@@ -8,6 +8,7 @@
     ├── TrainingDiverged 78   the loss is NaN or infinite
     ├── RunHeldError     79   another worker holds this run
     ├── Interrupted      75   stopped from outside; what was done is saved
+    ├── HostError        75   what the host's own API, or the way to it, would not do
     ├── NotSafeError     74   finished, but some work is not in the bucket yet
     └── StorageError     75   what a bucket, or the way to it, would not do
         ├── ObjectNotFound      78   there is no such object, in a bucket that is there
@@ -42,6 +43,9 @@ EXIT_CODES: Mapping[int, str] = MappingProxyType(
         HELD: "another worker holds this run",
     }
 )
+
+# after these the same command goes on, or publishes what is missing; after any other it would end the same way again
+RESTARTED: frozenset[int] = frozenset({NOT_SAFE, AGAIN})
 
 
 class WorkerError(Exception):
@@ -128,6 +132,12 @@ class NotSafeError(WorkerError):
     """The run is finished, but not everything it made is safe in the bucket yet."""
 
     exit_code = NOT_SAFE
+
+
+class HostError(WorkerError):
+    """What a host or its API, or the way to it, would not do; the same command may work a little later."""
+
+    exit_code = AGAIN
 
 
 class StorageError(WorkerError):

@@ -1,9 +1,12 @@
 """Keeps secrets out of everything that is printed, logged or stored."""
 
+import base64
+import html
+import json
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from urllib.parse import quote
 
@@ -13,11 +16,15 @@ _SHORTEST = 6  # shorter values are words that would mask half of a log
 # settings (WMTP_…) are no secrets; *_FILE and GOOGLE_APPLICATION_CREDENTIALS hold paths
 _SECRET_NAME = re.compile(
     r"(?!WMTP_)(?!.*_FILE$)(?!GOOGLE_APPLICATION_CREDENTIALS$)"
-    r".*(KEY|SECRET|TOKEN(?!IZER)|PASSWORD|PASSWD|CONNECTION_STRING|CREDENTIAL|MLFLOW_TRACKING_USERNAME)"
+    r".*(KEY|SECRET|TOKEN(?!IZER)|PASSWORD|PASSWD|CONNECTION_STRING|CREDENTIAL)"
 )
 _PATTERNS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"), MASK),
     (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?-----END [A-Z ]*PRIVATE KEY-----", re.DOTALL), MASK),
+    (
+        re.compile(r"(?P<name>\bauthorization\W{1,12}(?:basic|bearer)\s+)[\w.~+/=-]+", re.IGNORECASE),
+        rf"\g<name>{MASK}",
+    ),
     (re.compile(r"\bhf_[A-Za-z0-9]{20,}\b"), MASK),
     (re.compile(r"(?P<scheme>\b[a-zA-Z][a-zA-Z0-9+.-]*://)[^\s/@:]*:[^\s/]+@"), rf"\g<scheme>{MASK}@"),
     (re.compile(r"(?P<scheme>\bhttps?://)[^\s/@:*]+@"), rf"\g<scheme>{MASK}@"),
@@ -33,12 +40,16 @@ class Redactor:
     """Replaces the secrets of one environment, and whatever looks like a secret, by `***`."""
 
     def __init__(self, environ: Mapping[str, str] | None = None) -> None:
+        environ = os.environ if environ is None else environ
         found = {
             form
-            for name, value in (os.environ if environ is None else environ).items()
+            for name, value in environ.items()
             if len(value) >= _SHORTEST and _SECRET_NAME.match(name.upper())
-            for form in (value, quote(value, safe=""))  # as it stands, and as it stands in a URL
+            for form in _forms(value)
         }
+        user, password = (environ.get(f"MLFLOW_TRACKING_{name}") for name in ("USERNAME", "PASSWORD"))
+        if user and password:  # as HTTP's Basic Auth sends them
+            found.add(base64.b64encode(f"{user}:{password}".encode()).decode())
         # the longest first: one secret may contain another
         ordered = sorted(found, key=lambda value: (-len(value), value))
         self._values = re.compile("|".join(map(re.escape, ordered))) if ordered else None
@@ -49,6 +60,17 @@ class Redactor:
         for pattern, mask in _PATTERNS:
             text = pattern.sub(mask, text)
         return text
+
+
+def _forms(value: str) -> Iterator[str]:
+    """A value as it stands, and as it stands in a URL, in JSON, in what Python shows, and each of them in HTML."""
+    plain = (value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1], repr(value)[1:-1])
+    yield quote(value, safe="")
+    for form in plain:
+        yield form
+        yield html.escape(form, quote=False)
+        yield html.escape(form)
+        yield html.escape(form).replace("&quot;", "&#34;").replace("&#x27;", "&#39;")  # as Jinja writes them
 
 
 def redact(text: str) -> str:

@@ -134,8 +134,18 @@ def test_model_tokenizer_and_dataset_at_once(hub, get):
 def test_what_one_lacks_the_others_are_not_fetched_for(hub, get, workdir):
     hub.model("org/a", MODEL)
     hub.pause = threading.Event()
+
     # the data set is missed while the model's content is under way
-    threading.Thread(target=lambda: (hub.waiting.wait(20) and time.sleep(1)) or hub.pause.set()).start()
+    def go_on():
+        end = time.monotonic() + 60
+        while not (hub.waiting.is_set() and any("org/none" in line for line in hub.requests)):
+            if time.monotonic() > end:
+                break
+            time.sleep(0.01)
+        time.sleep(4)  # for the answer to be told
+        hub.pause.set()
+
+    threading.Thread(target=go_on).start()
     with pytest.raises(InputError, match="the hub has no dataset org/none"):
         get("model.path=org/a", "data.dataset=org/none")
     assert not (workdir / "models" / "org--a").exists()

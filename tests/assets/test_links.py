@@ -42,7 +42,7 @@ def hidden(folder):
 
 @pytest.mark.parametrize("following", ["linked", "plain"])
 def test_what_a_killed_one_left_goes_with_the_next(request, linked, following):
-    assert subprocess.run([sys.executable, "-c", HALF, str(linked)], timeout=60).returncode == 9
+    assert subprocess.run([sys.executable, "-c", HALF, str(linked)], timeout=180).returncode == 9
     (left,) = hidden(linked)
     with own_files(request.getfixturevalue(following)) as own:
         assert left not in hidden(linked)

@@ -87,10 +87,10 @@ def test_a_tiny_study(tmp_path, one_thread, monkeypatch):
     from planted_picture import draw
     from planted_runs import QUICK
 
-    from wmtp_worker.training import run
+    from wmtp_worker.training import report
 
     # the runs' reports take longer than the runs
-    monkeypatch.setattr(run, "write_report", lambda records, path: path.touch())
+    monkeypatch.setattr(report, "write_report", lambda records, path: path.touch())
     plan = replace(QUICK, families=("rho1_tokenskip",))
     monkeypatch.setattr(type(plan), "arms", lambda self: [planted.Arm("uniform"), planted.Arm("rho1_tokenskip")])
     document = planted.study(plan, tmp_path, seeds=1, jobs=1)

@@ -118,8 +118,8 @@ def test_no_checkpoint_is_there_before_the_best_model_that_it_names(paths, snaps
         saver.save(snapshot(2))  # names the same
         saver.gate()
         # a better one, while the first is being written: it is copied when that is done, and then comes first
-        threading.Timer(0.1, brake.let_go, (2,)).start()
         saver.export(paths.best, 3, weights(3), facts(3))
+        brake.let_go(2)
         saver.save(snapshot(3))
         saver.gate()
         saver.flush()
@@ -157,6 +157,7 @@ def test_an_emergency_save_comes_after_the_best_model(paths, snapshot, brake):
         saver.prepare(snapshot(1).tensors, weights(1))
         saver.export(paths.best, 1, weights(1), facts(1))
         saver.gate()
+        brake.wait_for([1])
         threading.Timer(0.1, lambda: (brake.begun.append(paths.steps()), brake.let_go())).start()
         saver.save_now(snapshot(2))
     assert brake.begun == [1, []]

@@ -64,7 +64,8 @@ def test_writers_do_not_tear_each_others_lines(begin, tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    lines = (tmp_path / "ledger.jsonl").read_bytes().splitlines()
+    # a writer that sees another's line half there begins a new one: empty lines are none
+    lines = [line for line in (tmp_path / "ledger.jsonl").read_bytes().splitlines() if line]
     assert len(lines) == len(read_ledger(tmp_path / "ledger.jsonl")) == 4 * 51
 
 
@@ -217,5 +218,5 @@ def test_the_first_phase_began_with_the_process():
         "phases = Phases(); phases.done('boot'); print(phases.seconds['boot'])"
     )
     began = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180, check=True)
     assert 0.3 <= float(done.stdout) <= time.perf_counter() - began + 0.05

@@ -30,7 +30,7 @@ def test_a_thread_steps_back_alone():
         return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
     before = os.getpriority(os.PRIO_PROCESS, 0)
-    assert in_a_thread(step_back_and_look) == 15
+    assert in_a_thread(step_back_and_look) == max(15, before)
     assert os.getpriority(os.PRIO_PROCESS, 0) == before
 
 
@@ -62,7 +62,7 @@ def test_waiting_for_a_processor_is_noticed():
 
     def spin():
         os.sched_setaffinity(0, {cpu})
-        started, end = waiting(), time.perf_counter() + 10
+        started, end = waiting(), time.perf_counter() + 60
         while time.perf_counter() < end and waiting() - started < 0.05:
             sum(range(1000))
         return waiting() - started

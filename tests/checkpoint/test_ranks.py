@@ -200,7 +200,7 @@ def test_where_one_rank_fails_there_is_no_step(tmp_path, error):
 
 
 def die_on_one(rank, world, workdir):
-    ranks = Ranks.of_process_group(timeout_seconds=5)
+    ranks = Ranks.of_process_group(timeout_seconds=30)
     model, names, optimizer = small_model(world, init_device_mesh("cpu", (world,)))
 
     def dying(size):

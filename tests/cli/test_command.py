@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -39,7 +40,7 @@ def wmtp(tmp_path):
             [sys.executable, *python, *arguments],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=180,
             cwd=tmp_path,
             env=surroundings(**environ),
         )
@@ -78,7 +79,7 @@ def test_help_is_there_at_once(wmtp):
         assert wmtp("--help").returncode == 0
         return time.perf_counter() - started
 
-    assert min(once() for _ in range(3)) < 1.0
+    assert min(once() for _ in range(3)) < 5.0
 
 
 @pytest.mark.parametrize(
@@ -142,7 +143,7 @@ def test_on_a_terminal_the_word_stands_out_and_brackets_stay():
     ours, theirs = os.openpty()
     body = "from wmtp_worker.errors import *; raise InputError('model.path=[bold] is long ' + 'x' * 200)"
     command = [sys.executable, "-c", CRASHING, "crash", body]
-    done = subprocess.run(command, stderr=theirs, timeout=60, env=surroundings(TERM="xterm", NO_COLOR=""))
+    done = subprocess.run(command, stderr=theirs, timeout=180, env=surroundings(TERM="xterm", NO_COLOR=""))
     os.close(theirs)
     shown = os.read(ours, 10_000).decode()
     os.close(ours)
@@ -181,7 +182,7 @@ def test_closed_streams_change_nothing_and_lend_no_file_their_number(closed, tmp
         "sys.exit(code or os.open(os.devnull, os.O_RDONLY) <= 2)"
     )
     shell = ["sh", "-c", f'"$0" -c "$1" {closed}', sys.executable, code]
-    assert subprocess.run(shell, cwd=tmp_path, env=surroundings(), timeout=60).returncode == 0
+    assert subprocess.run(shell, cwd=tmp_path, env=surroundings(), timeout=180).returncode == 0
 
 
 def test_a_stream_that_lacks_a_character_shows_its_number(wmtp):
@@ -203,7 +204,7 @@ def with_closed_pipe(stream, *command):
             [sys.executable, *command],
             **{stream: writer, other: subprocess.PIPE},
             text=True,
-            timeout=60,
+            timeout=180,
             env=surroundings(),
         )
     finally:
@@ -230,7 +231,7 @@ def test_a_signal_while_modules_load_is_not_lost(tmp_path):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ)
     assert "python" in process.stdout.readline()
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=180)
     assert process.returncode == 75
     assert "stopped by SIGTERM" in err
 
@@ -266,17 +267,40 @@ def test_settings_show_for_people_hides_secrets(wmtp):
 
 
 def test_doctor_as_json(wmtp, tmp_path):
-    done = wmtp("doctor", "--preset", "smoke", "--set", "host.device=cpu", "--json")
+    done = wmtp("doctor", "--preset", "smoke", "--quick", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads(done.stdout)
     assert report["ok"]
     assert {check["name"] for check in report["checks"]} >= {"python", "torch", "work directory", "clock"}
-    assert set(report["checks"][0]) == {"name", "status", "found", "advice"}
+    assert set(report["checks"][0]) == {"name", "status", "found", "advice", "seconds"}
+
+
+def test_doctor_is_quick_and_does_without_torch(wmtp):
+    code = (
+        "import sys; from wmtp_worker.cli import main; code = main(['doctor', '--quick']);"
+        "print('heavy:', {'torch', 'transformers', 'boto3', 'obstore', 'mlflow'} & set(sys.modules)); sys.exit(code)"
+    )
+    done = wmtp(python=("-c", code))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "heavy: set()" in done.stdout
+
+
+def test_doctor_on_a_terminal_is_a_table(tmp_path):
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-m", "wmtp_worker", "doctor", "--quick", "--set", f"run.workdir={tmp_path}"]
+    environ = surroundings(TERM="xterm", NO_COLOR="", COLUMNS="60")
+    subprocess.run(command, stdout=theirs, timeout=180, check=True, env=environ)
+    os.close(theirs)
+    shown = os.read(ours, 100_000).decode()
+    os.close(ours)
+    assert "\x1b[32mpass" in shown
+    assert "packaged files" in shown
+    assert max(len(line) for line in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown).splitlines()) <= 60
 
 
 def test_doctor_ends_with_78_if_a_check_fails(wmtp, tmp_path):
     (tmp_path / "file").write_text("")
-    done = wmtp("doctor", WMTP_WORKDIR=str(tmp_path / "file/work"))
+    done = wmtp("doctor", "--quick", WMTP_WORKDIR=str(tmp_path / "file/work"))
     assert done.returncode == 78
     assert [line.split()[1:3] for line in done.stdout.splitlines() if line.startswith("fail")] == [
         ["work", "directory"]

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -87,7 +88,7 @@ def test_odd_characters_do_not_reach_the_terminal(command, tmp_path):
 
 
 def test_a_stopped_label_goes_on_when_repeated(tmp_path):
-    slow = {"code": "import time\ndef f(a):\n    time.sleep(0.2)\n    return a * 2"}
+    slow = {"code": "import time\ndef f(a):\n    time.sleep(0.5)\n    return a * 2"}
     write(tmp_path / "source" / "train.jsonl", *(MBPP | slow | {"task_id": number} for number in range(8)))
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("WMTP_", "CLOUD_"))}
     options = {"cwd": tmp_path, "env": kept | {"WMTP_ENV_FILE": os.devnull}, "text": True}
@@ -108,10 +109,11 @@ def test_a_stopped_label_goes_on_when_repeated(tmp_path):
         partial = tmp_path / "out" / ".partial-train.jsonl"
         while not partial.exists():
             assert process.poll() is None
+            time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=180)
     assert process.returncode == 75
     assert "Traceback" not in said
-    done = subprocess.run(command, capture_output=True, timeout=100, **options)
+    done = subprocess.run(command, capture_output=True, timeout=180, **options)
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "out" / "train.jsonl").read_text().splitlines()) == 8

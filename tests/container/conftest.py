@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def run_docker(
-    *arguments: str, timeout: float = 60, check: bool = True, **options: Any
+    *arguments: str, timeout: float = 300, check: bool = True, **options: Any
 ) -> subprocess.CompletedProcess[str]:
     found = subprocess.run(
         ["docker", *arguments], capture_output=True, text=True, timeout=timeout, check=False, **options
@@ -56,7 +56,7 @@ class Container:
         found = run_docker("logs", self.name)
         return found.stdout + found.stderr
 
-    def until(self, done: Callable[[], Any], what: str, timeout: float = 120) -> Any:
+    def until(self, done: Callable[[], Any], what: str, timeout: float = 600) -> Any:
         """Wait until `done()` is true; the container must be running until then."""
         deadline = time.monotonic() + timeout
         while not (found := done()):
@@ -74,7 +74,7 @@ class Container:
         """End it at once, and its own volumes with it."""
         run_docker("rm", "--force", "--volumes", self.name, check=False)
 
-    def exit_code(self, timeout: float = 200) -> int:
+    def exit_code(self, timeout: float = 600) -> int:
         return int(run_docker("wait", self.name, timeout=timeout).stdout)
 
 
@@ -118,7 +118,9 @@ def labels() -> dict[str, str]:
 def build(engine: None, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Build the project's Dockerfile in a copy of the checkout where secrets lie about."""
     context = tmp_path_factory.mktemp("context") / "checkout"
-    ignored = shutil.ignore_patterns(".git", ".venv", ".cache", ".*_cache", "__pycache__", "work", "dist")
+    ignored = shutil.ignore_patterns(
+        ".git", ".venv", ".cache", ".*_cache", "__pycache__", "work", "dist", "build", "*.egg-info", ".hypothesis"
+    )
     shutil.copytree(ROOT, context, ignore=ignored)
     for place in (context, context / "wmtp_worker", context / "configs", context / "entrypoint"):
         (place / ".env").write_text(f"AWS_SECRET_ACCESS_KEY={CANARY}\n")

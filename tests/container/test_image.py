@@ -28,7 +28,7 @@ def own_layers(image: str, docker, inspect, tmp_path: Path):
     base = inspect(image)["Config"]["Labels"]["org.opencontainers.image.base.name"]
     of_the_base = len(inspect(base)["RootFS"]["Layers"])
     archive = tmp_path / "image.tar"
-    docker("save", "--output", str(archive), image, timeout=300)
+    docker("save", "--output", str(archive), image, timeout=900)
     with tarfile.open(archive) as saved:
         manifest = saved.extractfile("manifest.json")
         assert manifest is not None
@@ -66,7 +66,7 @@ def test_no_secret_and_no_cache_in_any_layer(image, docker, inspect, canary, tmp
         (("--version",), 0, "0."),
         (("doctor",), 0, "torch"),
         (("python", "-c", "import os; print(os.getuid(), os.getgid())"), 0, "1000 1000"),
-        (("trian",), 78, "unknown command: trian\n  -> one of train, evaluate,"),
+        (("trian",), 78, "unknown command: trian\n  -> one of train, plan, evaluate,"),
         (("train", "--set", "training.lrate=1"), 78, "training.lr"),
         (("train", "--preset", "smok"), 78, "smoke"),
         (("--run-name", "../x"), 78, "../x"),
@@ -98,7 +98,7 @@ RUN folder=$(python3 -c 'import importlib.metadata as m; print(m.distribution("t
     && printf 'Metadata-Version: 2.1\\nName: torch\\nVersion: 3.0.0\\n' >"$folder/torch-3.0.0.dist-info/METADATA"
 """
     name = "wmtp-worker-test-base:torch3"
-    docker("build", "--tag", name, "-", input=dockerfile, timeout=300)
+    docker("build", "--tag", name, "-", input=dockerfile, timeout=900)
     yield name
     docker("rmi", "--force", name, check=False)
 
@@ -120,7 +120,7 @@ def test_start_with_another_torch_major_version_is_refused(image, docker):
     container = docker("create", "--env", "PYTHONPATH=/stub", image, "train", "--preset", "smoke").stdout.strip()
     try:
         command = ["docker", "cp", "-", f"{container}:/"]
-        subprocess.run(command, input=archive.getvalue(), check=True, capture_output=True, timeout=60)
+        subprocess.run(command, input=archive.getvalue(), check=True, capture_output=True, timeout=180)
         found = docker("start", "--attach", container, check=False)
         assert found.returncode == 78
         assert "this image has torch 3.1.0, and wmtp-worker needs torch 2\n  -> build it" in found.stderr
@@ -135,3 +135,15 @@ def test_secret_from_a_file_reaches_a_program(image, docker, canary, tmp_path):
     options = ("--rm", "--volume", f"{secret}:/run/secrets/token:ro", "--env", "HF_TOKEN_FILE=/run/secrets/token")
     found = docker("run", *options, image, "bash", "-c", 'echo "$HF_TOKEN"')
     assert found.stdout == f"{canary}\n"
+
+
+def test_limits_of_the_container_are_those_of_the_worker(image, docker):
+    options = ("--network", "none", "--cpus", "1", "--memory", "1g", "--pids-limit", "150")
+    torch = "from wmtp_worker.host.device import set_threads; print(set_threads(0))"
+    command = f"wmtp doctor --quick --json >&2; exec python -c '{torch}'"
+    found = docker("run", "--rm", *options, image, "bash", "-c", command)
+    checks = {check["name"]: (check["status"], check["found"]) for check in json.loads(found.stderr)["checks"]}
+    assert re.fullmatch(r"1 of \d+ cores", checks["cpu"][1])
+    assert checks["memory"] == ("warn", "1.0 GiB")
+    assert re.fullmatch(r"\d+ of 150 processes and threads", checks["processes"][1])
+    assert found.stdout == "1\n"

@@ -448,7 +448,7 @@ def test_without_pyarrow_it_is_said_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "train.jsonl.zst").touch()
     with pytest.raises(InputError, match="not installed") as caught:
         list(read_split(tmp_path, "train"))
-    assert "wmtp-worker[parquet]" in caught.value.fix
+    assert "-m pip install pyarrow" in caught.value.fix
 
 
 def test_the_only_file_of_a_folder_counts_whatever_its_name(tmp_path):

@@ -113,7 +113,8 @@ def source(tmp_path):
     folder = tmp_path / "source"
     folder.mkdir()
     for split, count in (("train", 9), ("test", 2)):
-        problems = [problem(Solution(code=RIGHT), Solution(code=WRONG), id=str(number)) for number in range(count)]
+        both = Solution(code=RIGHT), Solution(code=WRONG)
+        problems = [problem(*both, id=str(number), difficulty=number or None) for number in range(count)]
         (folder / f"{split}.jsonl").write_text("".join(dump(one) + "\n" for one in problems))
     return folder
 
@@ -130,6 +131,7 @@ def test_a_labelled_data_set_says_what_it_was_made_of(sandbox, source, tmp_path)
     for split, count in (("train", 9), ("test", 2)):
         problems = list(read_split(folder, split))
         assert [one.id for one in problems] == [str(number) for number in range(count)]
+        assert [one.difficulty for one in problems] == [None, *range(1, count)]
         assert {tuple(solution.correct for solution in one.solutions) for one in problems} == {(True, False)}
 
 

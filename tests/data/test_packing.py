@@ -133,7 +133,7 @@ def test_full_row_has_no_padding():
 
 
 def test_row_that_does_not_fit_is_an_error():
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="broadcast"):
         collate([[sample([1, 2, 3], 1)]], 2, pad_id=0)
 
 

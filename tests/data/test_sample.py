@@ -80,7 +80,7 @@ def run(sources: list[str], seconds: int = 2) -> list[str]:
         input=json.dumps([seconds, sources]),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=180,
         check=True,
     )
     return json.loads(done.stdout)

@@ -2,12 +2,15 @@
 
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,7 +19,7 @@ START = ROOT / "entrypoint/start.sh"
 ENVIRON = {k: v for k, v in os.environ.items() if not k.startswith(("WMTP_", "CLOUD_"))}
 
 
-def bash(script: str, *arguments: str, cwd: Path = ROOT, timeout: float = 30, **environ: str):
+def bash(script: str, *arguments: str, cwd: Path = ROOT, timeout: float = 180, **environ: str):
     """Run `script` after sourcing start.sh."""
     return subprocess.run(
         ["bash", "-c", f"source '{START}'\n{script}", "start.sh", *arguments],
@@ -44,10 +47,12 @@ def ready(checkout: Path) -> Path:
     venv = checkout / ".venv"
     (venv / "bin").mkdir(parents=True)
     shutil.copy("/bin/true", venv / "bin/python")
-    (venv / "bin/wmtp").write_text('#!/bin/bash\nprintf "<%s>" "$@"; echo " ${WMTP_ENV_FILE-}"\n')
+    (venv / "bin/wmtp").write_text(
+        '#!/bin/bash\n[[ $1 != doctor ]] || exit 0\nprintf "<%s>" "$@"; echo " ${WMTP_ENV_FILE-}"\n'
+    )
     (venv / "bin/wmtp").chmod(0o755)
     script = f"source '{checkout}/entrypoint/lib.sh'; fingerprint runtime >'{venv}/.wmtp-runtime'"
-    subprocess.run(["bash", "-c", script], check=True, timeout=10)
+    subprocess.run(["bash", "-c", script], check=True, timeout=60)
     return checkout
 
 
@@ -58,7 +63,7 @@ def start(checkout: Path, *arguments: str, cwd: Path | None = None, **environ: s
         env=ENVIRON | environ,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=180,
     )
 
 
@@ -89,13 +94,19 @@ def test_help_needs_no_environment(checkout):
     assert not (checkout / ".venv").exists()
 
 
+def children_seconds():
+    """Of processor time: how long it really takes, others on this machine decide."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_ready_environment_is_used_at_once_from_any_directory(ready, tmp_path):
     seconds = []
     for _ in range(3):
-        began = time.monotonic()
+        began = children_seconds()
         found = start(ready, "--preset", "smoke", "--resume", cwd=tmp_path)
-        seconds.append(time.monotonic() - began)
-    assert min(seconds) < 0.3
+        seconds.append(children_seconds() - began)
+    assert min(seconds) < 1.0  # not enough to start Python and import anything
     assert (found.returncode, found.stdout, found.stderr) == (0, "<train><--preset><smoke><--resume><auto> \n", "")
 
 
@@ -167,7 +178,7 @@ def test_signal_during_the_set_up_ends_it_with_75(checkout, tmp_path, number):
     tools = tmp_path / "tools"
     tools.mkdir()
     pid_file = tmp_path / "pid"
-    hang = f'echo $$ >"{pid_file}.new"; mv "{pid_file}.new" "{pid_file}"; sleep 60'
+    hang = f'echo $$ >"{pid_file}.new"; mv "{pid_file}.new" "{pid_file}"; sleep 600'
     (tools / "python3").write_text(f'#!/bin/bash\nif [[ "$*" == *"-m venv"* ]]; then {hang}; fi\n')
     (tools / "python3").chmod(0o755)
     process = subprocess.Popen(
@@ -177,16 +188,25 @@ def test_signal_during_the_set_up_ends_it_with_75(checkout, tmp_path, number):
         text=True,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not pid_file.exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(number)
-    _, words = process.communicate(timeout=10)
+    _, words = process.communicate(timeout=180)
     assert process.returncode == 75
     assert "interrupted during the set-up" in words
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(pid_file.read_text()), 0)
+    while runs(int(pid_file.read_text())):
+        assert time.monotonic() < deadline + 60
+        time.sleep(0.02)
+
+
+def runs(pid):
+    """A process that nobody waits for stays as a zombie."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_second_set_up_waits_for_the_first(tmp_path):
@@ -194,15 +214,23 @@ def test_second_set_up_waits_for_the_first(tmp_path):
     venv.mkdir()
     order = tmp_path / "order"
     holder = subprocess.Popen(
-        ["bash", "-c", f"source '{START}'; venv='{venv}'; lock_venv; echo held; sleep 1; echo first >'{order}'"],
+        ["bash", "-c", f"source '{START}'; venv='{venv}'; lock_venv; echo held; read; echo first >'{order}'"],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
-    found = bash(f"venv='{venv}'; lock_venv; echo second >>'{order}'")
-    assert "another set-up is using" in found.stderr
-    assert holder.communicate(timeout=5) == ("", None)
+    second = subprocess.Popen(
+        ["bash", "-c", f"source '{START}'; venv='{venv}'; lock_venv; echo second >>'{order}'"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert second.stderr is not None
+    assert "another set-up is using" in second.stderr.readline()
+    assert not order.exists()
+    assert holder.communicate("go on\n", timeout=180) == ("", None)
+    second.communicate(timeout=180)
     assert order.read_text() == "first\nsecond\n"
 
 
@@ -256,7 +284,7 @@ def test_missing_python_is_installed_where_allowed_and_explained_elsewhere(
 
 
 def test_the_image_needs_no_environment(checkout, tmp_path):
-    (tmp_path / "wmtp").write_text('#!/bin/bash\nprintf "<%s>" "$@"\n')
+    (tmp_path / "wmtp").write_text('#!/bin/bash\n[[ $1 != doctor ]] || exit 0\nprintf "<%s>" "$@"\n')
     (tmp_path / "wmtp").chmod(0o755)
     environ = {"WMTP_IMAGE": "1", "PATH": f"{tmp_path}:{os.environ['PATH']}", "WMTP_WORKDIR": str(tmp_path)}
     found = start(checkout, "--resume", **environ)
@@ -269,3 +297,35 @@ def test_help_of_start_tells_every_exit_code():
 
     told = re.findall(r"\b(\d+) [a-z]", bash("usage").stdout.partition("Exit codes:")[2])
     assert sorted(map(int, told)) == sorted(EXIT_CODES)
+
+
+def test_user_data_without_docker_trains(tmp_path):
+    """As cloud-init runs it: no HOME, in the root directory, with no terminal; with the environment made beforehand."""
+    origin, venv, clone = tmp_path / "origin", tmp_path / "venv", tmp_path / "opt/wmtp-worker"
+    for part in ("configs", "entrypoint", "requirements", "wmtp_worker"):
+        shutil.copytree(ROOT / part, origin / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", origin)
+    git = ["git", "-C", origin, "-c", "user.name=nobody", "-c", "user.email=nobody@localhost"]
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message", "all"]):
+        subprocess.run([*git, *command], check=True, timeout=60)
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin/python").symlink_to(sys.executable)
+    (venv / "bin/wmtp").write_text(f'#!/bin/bash\nPYTHONPATH={clone} exec {sys.executable} -m wmtp_worker "$@"\n')
+    (venv / "bin/wmtp").chmod(0o755)
+    settings = {"PRESET": "smoke", "RUN_NAME": "first", "TRAINING__MAX_STEPS": "5", "CHECKPOINT__EVERY": "5"}
+    settings |= {"TRAINING__MICRO_BATCH_SIZE": "1", "EVALUATION__MAX_BATCHES": "1", "HOST__THREADS": "1"}
+    user_data = tmp_path / "part-001"
+    user_data.write_text(
+        "#!/bin/bash\n"
+        f"git clone --quiet {origin} {clone} && cd {clone}\n"
+        f"(source entrypoint/lib.sh && fingerprint runtime >{venv}/.wmtp-runtime)  # stands in for pip\n"
+        + "".join(f"export WMTP_{name}={value}\n" for name, value in settings.items())
+        + "bash entrypoint/start.sh --resume\n"
+    )
+    user_data.chmod(0o700)
+    environ = {"PATH": os.environ["PATH"], "WMTP_VENV": str(venv)}
+    found = subprocess.run(
+        [user_data], cwd="/", env=environ, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=800
+    )
+    assert found.returncode == 0, found.stderr
+    assert (clone / "work/checkpoints/first/final.pt").is_file()

@@ -52,6 +52,6 @@ def test_facts():
 
 
 def test_torch_is_imported_only_when_it_is_used():
-    rooms = "wmtp_worker.settings, wmtp_worker.redact, wmtp_worker.host.device, wmtp_worker.host.doctor"
+    rooms = "wmtp_worker.settings, wmtp_worker.redact, wmtp_worker.host.device, wmtp_worker.doctor.checks"
     code = f"import sys, {rooms}; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=180).returncode == 0

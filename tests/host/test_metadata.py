@@ -14,7 +14,7 @@ from wmtp_worker.host.notices_gcp import Gcp
 PROVIDERS = {"ec2": Ec2, "gcp": Gcp, "azure": Azure}
 
 
-def until(condition, seconds=10.0):
+def until(condition, seconds=60.0):
     ends = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < ends, "waited in vain"
@@ -46,7 +46,7 @@ def test_ec2_two_minutes_ahead(server, action):
     server.interrupt(120, action)
     [notice] = Ec2(server.environ("ec2")).poll()
     assert (notice.kind, notice.source, notice.certain) == (action, "ec2", True)
-    assert 117 < left(notice) <= 121
+    assert 105 < left(notice) <= 121
     assert notice.detail.startswith(f"spot interruption, {action} at ")
 
 
@@ -62,9 +62,9 @@ def test_a_local_clock_that_is_wrong_does_not_matter(server, skew):
     server.interrupt(120)
     server.schedule("Preempt", 30)
     [notice] = Ec2(server.environ("ec2")).poll()
-    assert 117 < left(notice) <= 121
+    assert 105 < left(notice) <= 121
     [notice] = Azure(server.environ("azure")).poll()
-    assert 27 < left(notice) <= 31
+    assert 15 < left(notice) <= 31
 
 
 def test_ec2_a_token_that_ran_out_is_renewed(server):
@@ -125,11 +125,11 @@ def test_gcp_preemption_is_told_while_it_waits(server):
     until(lambda: any("wait_for_change=true" in path for _, path in server.asked))
     changed = time.monotonic()
     server.set_value("instance/preempted", "TRUE")
-    thread.join(10)
+    thread.join(60)
     [([notice], told)] = seen
-    assert told - changed < 1
+    assert told - changed < 4  # before the service would answer anyhow
     assert (notice.kind, notice.source) == ("preempt", "gcp")
-    assert 28 < left(notice) <= 30
+    assert 15 < left(notice) <= 30
 
 
 def test_gcp_a_change_between_two_polls_is_not_missed(server):
@@ -138,7 +138,7 @@ def test_gcp_a_change_between_two_polls_is_not_missed(server):
     server.set_value("instance/preempted", "TRUE")
     began = time.monotonic()
     assert len(service.poll()) == 1
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 4
 
 
 def test_gcp_preempted_before_we_began(server):
@@ -151,7 +151,7 @@ def test_gcp_maintenance_without_gpu_is_a_minute_ahead(server, tmp_path):
     server.set_value("instance/maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE")
     [notice] = service.poll()
     assert (notice.kind, notice.certain) == ("maintenance", True)
-    assert 58 < left(notice) <= 60
+    assert 40 < left(notice) <= 60
 
 
 def test_gcp_maintenance_with_gpu_is_an_hour_ahead_if_we_saw_it_begin(server, machine, monkeypatch):
@@ -193,7 +193,7 @@ def test_azure_preemption(server):
     server.schedule("Preempt", 30)
     [notice] = service.poll()
     assert (notice.kind, notice.source, notice.certain) == ("preempt", "azure", True)
-    assert 27 < left(notice) <= 31
+    assert 15 < left(notice) <= 31
     assert {method for method, _ in server.asked} == {"GET"}  # never acknowledged
 
 
@@ -222,12 +222,12 @@ def test_azure_an_event_that_has_started(server, moment):
 
 
 def test_azure_first_call_may_take_long(server, monkeypatch):
-    monkeypatch.setattr("wmtp_worker.host.notices_azure.ANSWER_SECONDS", 0.1)
-    server.first_delay = 0.5
+    monkeypatch.setattr("wmtp_worker.host.notices_azure.ANSWER_SECONDS", 2.0)
+    server.first_delay = 4.0
     server.schedule()
     service = Azure(server.environ("azure"))
     assert len(service.poll()) == 1
-    server.first_delay = 0.5
+    server.first_delay = 8.0
     with pytest.raises(Unavailable):
         service.poll()
 
@@ -245,7 +245,7 @@ def test_azure_garbage(server, events):
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("fault", ["500", "garbage", "stall", "drip", "reset"])
 def test_faults_are_bounded(server, provider, fault, monkeypatch):
-    for module in ("metadata", "notices_gcp", "notices_azure"):
+    for module in ("metadata", "notices_ec2", "notices_gcp", "notices_azure"):
         monkeypatch.setattr(f"wmtp_worker.host.{module}.ANSWER_SECONDS", 0.2)
     monkeypatch.setattr("wmtp_worker.host.notices_azure._FIRST_SECONDS", 0.2)
     monkeypatch.setattr(Endpoint.ask, "__kwdefaults__", {"method": "GET", "seconds": 0.2})
@@ -253,7 +253,7 @@ def test_faults_are_bounded(server, provider, fault, monkeypatch):
     began = time.monotonic()
     with pytest.raises(Unavailable):
         PROVIDERS[provider](server.environ(provider)).poll()
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10  # the server would stall for 30 s
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)

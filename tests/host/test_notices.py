@@ -23,7 +23,7 @@ FIRMWARE = {
 }
 
 
-def until(condition, seconds=10.0):
+def until(condition, seconds=60.0):
     ends = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < ends, "waited in vain"
@@ -41,6 +41,7 @@ def watching():
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_a_stop_is_requested(server, stop, provider, caplog):
     caplog.set_level(logging.INFO)
+    began = time.monotonic()
     with watch(server, provider, stop) as watcher:
         assert watcher.source == provider
         until(lambda: len(server.asked) >= 2)
@@ -51,7 +52,7 @@ def test_a_stop_is_requested(server, stop, provider, caplog):
         until(lambda: stop.requested)
     assert stop.reason.startswith(f"a notice of {provider}: ")
     assert stop.machine_goes
-    assert 26 < stop.seconds_left <= 121
+    assert began + 26 < stop.deadline <= time.monotonic() + 121
     assert not stop.save_soon
     assert f"notices of {provider} are watched" in caplog.text
     assert caplog.text.count("stopping") == 1
@@ -147,7 +148,7 @@ def test_close_cuts_off_a_call_and_joins(server, stop, fault):
     began = time.monotonic()
     watcher.close()
     watcher.close()
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 4  # it is not waited for
     assert watching() == []
 
 
@@ -156,7 +157,7 @@ def test_close_while_google_keeps_us_waiting(server, stop):
     until(lambda: any("wait_for_change" in path for _, path in server.asked))
     began = time.monotonic()
     watcher.close()
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 4  # before the service would answer
     assert watching() == []
 
 
@@ -191,6 +192,10 @@ def test_auto_costs_nothing_elsewhere(machine, stop, files, caplog, monkeypatch)
     assert caplog.text == ""
 
 
+def test_sagemaker_has_the_firmware_of_ec2_but_not_its_notices(machine):
+    assert service_of("auto", {"TRAINING_JOB_NAME": "job"}, machine(FIRMWARE["ec2"])) is None
+
+
 def test_none_is_nobody(machine):
     assert service_of("none", {}, machine(FIRMWARE["ec2"])) is None
 
@@ -205,5 +210,5 @@ def test_a_watcher_brings_no_third_party():
         "import sys; before = set(sys.modules); import wmtp_worker.host.notices, wmtp_worker.host.watchdog;"
         "print(*sorted({name.split('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180, check=True)
     assert done.stdout == "wmtp_worker\n"

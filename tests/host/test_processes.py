@@ -9,8 +9,28 @@ import time
 import pytest
 
 from wmtp_worker.errors import AGAIN, BUG, DONE, WRONG
-from wmtp_worker.host.processes import run_processes
+from wmtp_worker.host.processes import run_processes, share_gpus
 from wmtp_worker.host.stop import StopRequest
+
+
+@pytest.mark.parametrize(
+    ("gpus", "passes", "shards", "expected"),
+    [
+        (0, 1, "auto", 1),
+        (1, 1, "auto", 1),
+        (8, 1, "auto", 1),
+        (8, 16, "auto", 8),
+        (6, 16, "auto", 4),
+        (7, 12, "auto", 6),
+        (8, 16, 4, 8),
+        (6, 16, 4, 4),
+        (6, 12, 4, 4),
+        (3, 12, 2, 2),
+        (4, 1, 4, 4),  # cannot be: the processes say so
+    ],
+)
+def test_as_many_gpus_as_share_a_step_evenly(gpus, passes, shards, expected):
+    assert share_gpus(gpus, passes, shards) == expected
 
 
 def python(code, *arguments):
@@ -62,7 +82,7 @@ def test_it_is_not_started_again_for_ever(tmp_path, capsys):
     code = "open(sys.argv[1] + '/log', 'a').write('x')\nos.kill(os.getpid(), signal.SIGKILL)"
     assert run(code, tmp_path, count=1, restarts=2) == AGAIN
     assert (tmp_path / "log").read_text() == "xxx"
-    assert "host.restarts is used up" in capsys.readouterr().err
+    assert "parallel.restarts is used up" in capsys.readouterr().err
 
 
 def test_those_that_wait_for_one_that_failed_are_ended(monkeypatch):
@@ -114,7 +134,7 @@ time.sleep(60)
 """
     code = f"""
 import sys
-from wmtp_worker.host.processes import run_processes
+from wmtp_worker.host.processes import run_processes, share_gpus
 from wmtp_worker.host.stop import StopRequest
 run_processes({python(child)!r}, 2, StopRequest(), 0)
 """

@@ -21,7 +21,7 @@ if "noticed" in sys.argv:
     STOP.request("a notice", time.monotonic() + 100, machine_goes=True)
 print("ready", flush=True)
 try:
-    for _ in range(400):
+    for _ in range(2000):
         time.sleep(0.05)
         if "deaf" not in sys.argv:
             STOP.check()
@@ -46,14 +46,14 @@ def worker():
     yield start
     for process in started:
         process.kill()
-        process.communicate(timeout=10)
+        process.communicate(timeout=180)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_one_signal_asks_and_ends_with_75(worker, number):
     process = worker()
     process.send_signal(number)
-    out, err = process.communicate(timeout=10)
+    out, err = process.communicate(timeout=180)
     assert process.returncode == 75
     assert out == f"stopped by {number.name} -> the same command goes on from what is saved {number.name}\n"
     assert err == f"wmtp: {number.name}: stopping at the next safe moment; a second signal stops at once\n"
@@ -66,7 +66,7 @@ def test_a_second_signal_ends_at_once(worker, first, second):
     process.send_signal(first)
     assert process.stderr.readline().startswith(f"wmtp: {first.name}")
     process.send_signal(second)
-    assert process.wait(timeout=10) == 128 + second
+    assert process.wait(timeout=180) == 128 + second
 
 
 def test_a_terminal_that_hangs_up_says_so_more_than_once(worker):
@@ -76,7 +76,7 @@ def test_a_terminal_that_hangs_up_says_so_more_than_once(worker):
         time.sleep(0.2)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=10) == 128 + signal.SIGTERM
+    assert process.wait(timeout=180) == 128 + signal.SIGTERM
 
 
 def test_the_first_signal_after_a_notice_does_not_cut_off_the_save(worker):
@@ -87,7 +87,7 @@ def test_the_first_signal_after_a_notice_does_not_cut_off_the_save(worker):
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(timeout=0.3)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=10) == 128 + signal.SIGTERM
+    assert process.wait(timeout=180) == 128 + signal.SIGTERM
 
 
 def test_a_closed_stderr_does_not_matter(worker):
@@ -95,7 +95,7 @@ def test_a_closed_stderr_does_not_matter(worker):
     process.stderr.close()
     process.send_signal(signal.SIGTERM)
     assert process.stdout.readline().startswith("stopped by SIGTERM")
-    assert process.wait(timeout=10) == 75
+    assert process.wait(timeout=180) == 75
 
 
 def test_a_request_without_a_signal():
@@ -119,7 +119,7 @@ def test_the_first_reason_and_the_earliest_deadline_are_kept():
     stop.request("third", now + 30)
     stop.request("fourth", now + 60)
     assert (stop.reason, stop.deadline, stop.machine_goes) == ("first", now + 30, True)
-    assert 25 < stop.seconds_left <= 30
+    assert 5 < stop.seconds_left <= 30
     stop.request("fifth", now - 5)
     assert stop.seconds_left == 0
 
@@ -153,13 +153,14 @@ def test_the_grace_after_sigterm_is_what_the_host_gives(monkeypatch, grace, numb
     if grace is not None:
         monkeypatch.setenv(GRACE, grace)
     with StopRequest() as stop:
+        before = time.monotonic()
         signal.raise_signal(number)
         assert stop.requested
         assert not stop.machine_goes
         if seconds is None:
             assert stop.deadline is None
         else:
-            assert seconds - 0.4 < stop.seconds_left <= seconds
+            assert before + seconds <= stop.deadline <= time.monotonic() + seconds
 
 
 def test_everything_is_forgotten_with_the_signals():
@@ -185,7 +186,7 @@ def test_a_request_is_seen_by_other_threads():
     thread = threading.Thread(target=poll)
     thread.start()
     stop.request("a test")
-    thread.join(timeout=10)
+    thread.join(timeout=180)
     assert seen.is_set()
 
 
@@ -205,7 +206,7 @@ def test_importing_it_is_quick_and_brings_no_third_party():
         "import sys; before = set(sys.modules); import wmtp_worker.host.stop;"
         "print(*sorted({name.split('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180, check=True)
     assert done.stdout == "wmtp_worker\n"
 
 

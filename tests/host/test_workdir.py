@@ -1,12 +1,12 @@
 """The work directory, on real file systems."""
 
 import os
-import subprocess
 import tempfile
 from pathlib import Path
 
 import pytest
 
+from tests.disks import mounted
 from wmtp_worker.errors import DiskFullError, SettingsError
 from wmtp_worker.host.workdir import prepare
 
@@ -64,13 +64,9 @@ def test_no_permission(read_only):
 def full_disk(tmp_path):
     """A file system without room for one more file."""
     disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k,nr_inodes=2", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, timeout=10).returncode:
-        pytest.skip("may not mount a file system here")
-    (disk / "the last one").write_text("")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True, timeout=10)
+    with mounted(disk, "size=64k,nr_inodes=2"):
+        (disk / "the last one").write_text("")
+        yield disk
 
 
 def test_a_full_disk(full_disk):

@@ -97,7 +97,7 @@ def _run(
     change: Callable[[], None] | None,
     lines: Path | None,
 ) -> None:
-    from wmtp_worker.training import run
+    from wmtp_worker.training import report
 
     os.environ.clear()
     os.environ.update(environment)
@@ -106,7 +106,7 @@ def _run(
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     # a report takes longer than all the rest
-    run.write_report = lambda records, path: path.touch()
+    report.write_report = lambda records, path: path.touch()
     if change is not None:
         change()
     # before this, which is the first thing that the command does, signals end any Python

@@ -33,7 +33,7 @@ def kill_when(process: Worker, paths: RunPaths, target: int, delay: float) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_five_kills(tiny_settings, tiny_run, run_record, tmp_path):
     generator = random.Random(1)
     workdir, output = tmp_path / "work", tmp_path / "output.txt"

@@ -29,7 +29,7 @@ def kill_after(process: Worker, workdir: Path, line: str, delay: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("provider", ["directory", "s3", "gcs", "azure"])
 def test_a_new_machine_goes_on_from_the_bucket(provider, request, tiny_settings, tiny_run, run_record, tmp_path):
     server = request.getfixturevalue(f"{provider}_server")

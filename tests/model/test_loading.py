@@ -118,6 +118,19 @@ def test_saved_from_a_plain_llama_it_remembers_its_heads(llama, tmp_path):
     assert torch.equal(plain_logits(reopened), plain_logits(plain))
 
 
+def test_a_policy_is_read_without_the_value_head_it_was_trained_with(config, tmp_path):
+    torch.manual_seed(1)
+    model = MTPForCausalLM(config(n_future_tokens=2))
+    bare = dict(tensors(model))
+    model.add_value_head(8, seed=3)
+    model.save_pretrained(tmp_path)
+    assert any(name.startswith("value_head.") for name in load_file(tmp_path / "model.safetensors"))
+    loaded = load(tmp_path, heads=2)
+    assert loaded.value_head is None
+    assert dict(tensors(loaded)).keys() == bare.keys()
+    assert all(torch.equal(tensor, bare[name]) for name, tensor in tensors(loaded).items())
+
+
 @pytest.mark.parametrize("asked", [1, 2, 5])
 def test_another_number_of_heads_is_refused(config, tmp_path, asked):
     MTPForCausalLM(config(n_future_tokens=4)).save_pretrained(tmp_path)

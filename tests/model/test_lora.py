@@ -124,7 +124,13 @@ def test_dropout_is_of_the_training_alone(model):
 @pytest.mark.parametrize(
     ("options", "words", "where"),
     [
-        ({"rank": 4, "targets": ["q_proj", "query"]}, "no layer is called 'query'", "lora.targets"),
+        (
+            {"rank": 4, "targets": ["q_proj", "query"]},
+            "no layer that can have an adapter is called 'query'",
+            "lora.targets",
+        ),
+        # the loss would never give one there a gradient
+        ({"rank": 4, "targets": ["lm_head"]}, "no layer that can have an adapter is called 'lm_head'", "lora.targets"),
         ({"rank": 17}, "rank 17 is above the 16 of k_proj", "lora.rank"),
     ],
 )

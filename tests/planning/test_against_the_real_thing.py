@@ -10,40 +10,64 @@ from wmtp_worker.data.packing import Batch
 from wmtp_worker.data.tokenizer import PACKAGED, load_tokenizer
 from wmtp_worker.model.loading import build
 from wmtp_worker.model.lora import add_lora
+from wmtp_worker.model.mtp import checkpoint_activations, packed_attention_mask
+from wmtp_worker.model.value import value_on
 from wmtp_worker.planning.measure import measure, predict
 from wmtp_worker.planning.memory import CACHED, CHUNK, Step, layer_bytes, parts
 from wmtp_worker.planning.plan import make_plan
-from wmtp_worker.planning.policy import Shape, policy_on_meta
+from wmtp_worker.planning.policy import Shape, policy_on_meta, value_on_meta
 from wmtp_worker.planning.work import token_flops
 from wmtp_worker.training import linear_cross_entropy
-from wmtp_worker.training.loss import head_losses_backward, mtp_labels
+from wmtp_worker.training.loss import autocast, head_losses_backward, mtp_labels
 
 ROWS, TIME = 2, 96
+VALUES = (
+    *("weighting.family=critic", "weighting.critic.auxiliary=0.1", "value.trunk_head=true", "data.solutions=all"),
+    *("value.hidden=96", "run.stage=policy"),
+)
 WIDER = ("model.hidden_size=64", "model.intermediate_size=160", "model.layers=4", "model.heads=3")
 
 
-@pytest.fixture(params=["full", "lora"])
+@pytest.fixture(params=["full", "lora", "values"])
 def policy(request, settings, one_thread):
     """The settings, and the policy that the worker builds of them."""
     lora = ("lora.rank=4",) if request.param == "lora" else ()
-    made = settings(*WIDER, *lora)
+    values = VALUES if request.param == "values" else ()
+    made = settings(*WIDER, *lora, *values)
     model = build(made, load_tokenizer(PACKAGED))
     if lora:
         add_lora(model, **made.lora.model_dump())
+    if values:
+        model.add_value_head(made.value.hidden)
     return made, model
 
 
-def step(model, precision="fp32", passes=1):
-    """One optimizer step on random tokens, as the loop takes it; returns the optimizer."""
+def known(head):
+    return torch.ones(head.targets.shape)
+
+
+def by_losses(head):
+    """Weights that follow from the losses; a quarter of the tokens has none."""
+    return (head.losses > head.losses.quantile(0.25)).float()
+
+
+def step(model, precision="fp32", passes=1, weigh=known):
+    """Two optimizer steps on random tokens, as the loop takes them; returns the optimizer."""
     ids = torch.randint(0, model.config.vocab_size, (ROWS, TIME))
     segments, positions = torch.ones_like(ids), torch.arange(TIME).repeat(ROWS, 1)
     batch, targets = Batch(ids, ids, positions, segments), mtp_labels(ids, segments, model.heads)
     counts = torch.full((model.heads,), float(ids.numel()))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+
+    def beside(trunk, batch):
+        model.value_head(trunk.hidden).sum().backward()
+        return batch
+
+    look = None if model.value_head is None else beside
     for _ in range(2):  # the moments are there in the second one
         optimizer.zero_grad(set_to_none=True)
         for _ in range(passes):
-            head_losses_backward(model, batch, targets, lambda head: torch.ones_like(head.losses), counts, precision)
+            head_losses_backward(model, batch, targets, weigh, counts, precision, beside=look)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     return optimizer
@@ -88,7 +112,7 @@ def test_the_largest_memory_of_a_real_step_is_foreseen(policy, live, precision):
 
 def test_less_memory_and_more_work_where_layers_run_again(policy, live):
     _, model = policy
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     model.train()
     watch = live(*(p.data for p in model.parameters()))
     with watch:
@@ -97,9 +121,7 @@ def test_less_memory_and_more_work_where_layers_run_again(policy, live):
     found = sum(part.bytes for part in parts(Shape.of(model), account) if part.name != "process")
     # a head's layer and its loss never are there at once
     assert watch.peak <= found < 1.25 * watch.peak
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        step(model)
-    assert token_flops(Shape.of(model), account) * ROWS * TIME * 2 == pytest.approx(counter.get_total_flops(), rel=0.04)
+    assert token_flops(Shape.of(model), account) * ROWS * TIME * 2 == pytest.approx(counted_flops(model), rel=0.04)
 
 
 def test_grouped_queries_and_separate_unembedding_are_foreseen_too(settings, live, one_thread):
@@ -148,13 +170,75 @@ def test_the_chunk_is_that_of_the_loss():
     assert (CHUNK, CACHED) == (linear_cross_entropy.CHUNK, linear_cross_entropy._CACHED)
 
 
-def test_flops_are_those_that_torch_counts(policy):
-    _, model = policy
+@pytest.fixture(params=["full", "lora", "trunk"])
+def values(request, settings, one_thread):
+    """The settings of a value model and the model that the worker builds of them."""
+    chosen = {"lora": ["value.lora_rank=4"], "trunk": ["value.trunk_head=true"]}.get(request.param, [])
+    made = settings(*WIDER, "weighting.family=critic", "value.hidden=96", *chosen)
+    model = value_on(build(made, load_tokenizer(PACKAGED)), 96, 0, made.value.trunk_head)
+    if made.value.lora_rank:
+        add_lora(model.backbone, **made.lora.model_dump() | {"rank": 4})
+    return made, model.train()
+
+
+def learn(model, precision="fp32"):
+    """Two optimizer steps of a value model, of two micro-batches each."""
+    ids = torch.randint(0, model.config.vocab_size, (ROWS, TIME))
+    positions, mask = torch.arange(TIME).repeat(ROWS, 1), packed_attention_mask(torch.ones_like(ids))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    for _ in range(2):
+        optimizer.zero_grad(set_to_none=True)
+        for _ in range(2):
+            with autocast(ids.device, precision):
+                said = model(ids, positions, mask)
+            (said - 1).square().mean().backward()
+            del said
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+
+@pytest.mark.parametrize(("precision", "again"), [("fp32", False), ("bf16", False), ("fp32", True)])
+def test_memory_and_flops_of_a_value_model_are_foreseen(values, live, precision, again):
+    made, model = values
+    shape = Shape.of(model)
+    assert Shape.of(value_on_meta(made)) == shape
+    if again:
+        checkpoint_activations(model.backbone)
+    watch = live(*(p.data for p in model.parameters()))
+    with watch:
+        learn(model, precision)
+    account = Step(ROWS // 2, TIME, precision, cuda=False, recompute=again, sides=2)
+    found = sum(part.bytes for part in parts(shape, account) if part.name != "process")
+    assert watch.peak < 1.05 * found
+    # where layers run without keeping anything, a whole one is counted beside the rest
+    assert found < (1.5 if again or shape.frozen else 1.05) * watch.peak
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        step(model)
+        learn(model, precision)
+    # torch stops a layer's second forward before its last product, whose result nobody keeps
+    foreseen = token_flops(shape, account) * ROWS * TIME * 4
+    assert foreseen == pytest.approx(counter.get_total_flops(), rel=0.06 if again else 0.04)
+
+
+def addmm_flop(total, left, right, **_):
+    """Of the one in place, which the counter does not know."""
+    return 2 * left[0] * left[1] * right[1]
+
+
+def counted_flops(model, weigh=known):
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flop}) as counter,
+    ):
+        step(model, weigh=weigh)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(("weigh", "looked_at"), [(known, None), (by_losses, 0.75)], ids=["known", "by losses"])
+def test_flops_are_those_that_torch_counts(policy, weigh, looked_at):
+    _, model = policy
     # what a frozen first layer need not compute is small, and is not left out
-    foreseen = token_flops(Shape.of(model), Step(ROWS, TIME, "fp32")) * ROWS * TIME * 2
-    assert foreseen == pytest.approx(counter.get_total_flops(), rel=0.04)
+    foreseen = token_flops(Shape.of(model), Step(ROWS, TIME, "fp32", looked_at=looked_at)) * ROWS * TIME * 2
+    assert foreseen == pytest.approx(counted_flops(model, weigh), rel=0.04)
 
 
 def test_the_bytes_of_a_checkpoint_are_those_on_the_disk(policy, tmp_path):
@@ -185,14 +269,14 @@ def test_a_step_takes_about_as_long_as_predicted(settings, one_thread):
 
     made = settings("model.hidden_size=128", "model.intermediate_size=352", "model.attention_heads=4", tiny=False)
     model = build(made, load_tokenizer(PACKAGED))
-    speeds = measure(Shape.of(model), Step(ROWS, TIME, "fp32", cuda=False), time.process_time)
-    taken = []
-    for _ in range(3):
+    shape, one = Shape.of(model), Step(ROWS, TIME, "fp32", cuda=False)
+    ratios = []
+    for _ in range(5):  # alternated: what the neighbours do changes from one second to the next
+        speeds = measure(shape, one, time.process_time)
         begun = time.process_time()
         step(model)  # is two
-        taken.append((time.process_time() - begun) / 2)
-    predicted = predict(Shape.of(model), Step(ROWS, TIME, "fp32", cuda=False), 1, speeds)
-    assert 0.4 < predicted / statistics.median(taken) < 2.5
+        ratios.append(2 * predict(shape, one, 1, speeds) / (time.process_time() - begun))
+    assert 0.2 < statistics.median(ratios) < 5
 
 
 def names(model):

@@ -1,16 +1,19 @@
 """A plan from settings to numbers, and the refusals of what cannot fit."""
 
 import json
+import re
 
 import pytest
 
 from wmtp_worker.cli import main
 from wmtp_worker.errors import InputError, SettingsError
 from wmtp_worker.planning.device import GIB
+from wmtp_worker.planning.fit import suggest
 from wmtp_worker.planning.memory import parts, total
 from wmtp_worker.planning.plan import MFU, make_plan
 
 SEVEN_B = 6_738_415_616  # Llama 2 7B, as published
+LAYER = 4 * 4096 * 4096 + 3 * 4096 * 11008  # its matrices
 
 
 @pytest.fixture
@@ -46,6 +49,26 @@ def test_seven_billion_on_eight(big):
     assert plan.saves.bytes == pytest.approx(12 * SEVEN_B, rel=1e-4)
 
 
+@pytest.mark.parametrize("family", ["uniform", "critic", "rho1_weighted", "rho1_tokenskip", "gradient", "grpo"])
+def test_weights_that_follow_from_losses_take_a_second_pass_over_the_logits(big, family):
+    """Where the training makes one: 8 and not 6 a parameter of the unembedding, of the tokens that have a weight."""
+
+    more = {
+        "critic": ("weighting.critic.value=elsewhere", "run.stage=policy"),
+        "grpo": ("weighting.grpo.kl=0.1", "data.solutions=all", "weighting.reference=reference"),
+        "rho1_weighted": ("weighting.reference=reference",),
+        "rho1_tokenskip": ("weighting.reference=reference", "weighting.rho1.share=0.5", "weighting.normalise=mean1"),
+    }
+    settings = big(f"weighting.family={family}", *more.get(family, ()))
+    looked_at = make_plan(settings, "h100-sxm", 8).fit.step.looked_at
+    assert (looked_at is not None) == settings.weighting.looks_at_losses
+    each = 4 + 4 * looked_at if looked_at else 6
+    assert looked_at in (None, 0.5 if family == "rho1_tokenskip" else 1.0)
+    linear = SEVEN_B - 2 * 32_000 * 4096 - (2 * 32 + 1) * 4096
+    flops = 6 * linear + each * 4 * 32_000 * 4096 + 12 * 32 * 4096 * 2048
+    assert make_plan(settings, "h100-sxm", 8).times.flops == flops * 32_768 // 8
+
+
 def test_the_suggested_batch_is_the_largest_that_fits(big):
     plan = make_plan(big("training.accumulation=64"), "h100-sxm", 8)
     best = plan.suggested.step
@@ -54,6 +77,34 @@ def test_the_suggested_batch_is_the_largest_that_fits(big):
     from dataclasses import replace
 
     assert best.rows == 8 or total(parts(plan.shape, replace(best, rows=best.rows * 2))) > plan.device.memory * 0.92
+
+
+def test_the_sharding_that_is_suggested_leaves_room_for_the_largest_batch(big, settings, seven):
+    config = seven / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 11}))
+    copied = ("parallel.shards=1", "training.accumulation=128")
+    plan = make_plan(big(*copied), "h100-sxm", 8)
+    assert plan.fit.sharding == "replicated"
+    assert (plan.suggested.sharding, plan.suggested.step.shards) == ("full", 8)
+    alone = suggest(plan.shape, plan.fit.step, plan.fit.step.rows * plan.fit.passes, plan.device)
+    assert plan.suggested.step.rows > alone.step.rows
+    # where copies take as many rows, there is nothing to send for
+    assert make_plan(settings("training.accumulation=8"), "h100-sxm", 8).suggested.sharding == "replicated"
+    # more than one machine: as many rows with a copy on each
+    two = make_plan(big("training.accumulation=64"), "h100-sxm", 16).suggested
+    assert (two.sharding, two.step.shards, two.step.copies) == ("hybrid", 8, 2)
+
+
+@pytest.mark.parametrize(("inside", "sharding"), [(11008, "replicated"), (11456, "full")], ids=["57.9 %", "59.3 %"])
+def test_copies_of_nearly_60_percent_of_a_sheets_memory_are_more_than_60_of_what_is_reported(
+    big, seven, inside, sharding
+):
+    config = seven / "config.json"
+    shape = json.loads(config.read_text()) | {"num_hidden_layers": 8, "intermediate_size": inside}
+    config.write_text(json.dumps(shape))
+    plan = make_plan(big(), "h100-sxm", 8)
+    assert plan.fit.sharding == sharding
+    assert 20 * plan.shape.total.all < 0.6 * 80 * GIB
 
 
 def test_what_does_not_fit_says_what_would(big):
@@ -78,17 +129,41 @@ def test_adapters_are_not_proposed_where_they_do_not_help(big):
 
 def test_too_large_a_batch_is_answered_with_one_that_fits_and_makes_the_same_step(big):
     with pytest.raises(SettingsError) as caught:
-        make_plan(big("training.micro_batch_size=64", "training.accumulation=1"), "h100-sxm", 2)
-    assert caught.value.where == "--set training.micro_batch_size=64"
+        make_plan(big("training.micro_batch_size=32", "training.accumulation=2"), "h100-sxm", 2)
+    assert caught.value.where == "--set training.micro_batch_size=32"
     found = dict(part.split("=") for part in caught.value.fix.replace(",", "").split() if "=" in part)
     rows, passes = (int(found[f"training.{key}"]) for key in ("micro_batch_size", "accumulation"))
     assert rows * passes == 64
     make_plan(big(f"training.micro_batch_size={rows}", f"training.accumulation={passes}"), "h100-sxm", 2)
 
 
-def test_rows_must_be_shared_out_evenly(big):
-    with pytest.raises(SettingsError, match=r"16 rows of a step.*6 GPUs.*training.accumulation=18"):
-        make_plan(big(), "h100-sxm", 6)
+@pytest.mark.parametrize(
+    ("rows", "passes", "gpus", "enough"), [(1, 16, 6, 18), (8, 2, 8, 8)], ids=["16 on 6", "2 of 8 rows on 8"]
+)
+def test_what_the_trainer_would_refuse_is_refused(big, rows, passes, gpus, enough):
+    wanted = rf"accumulation={passes} .* cannot be shared by {gpus} processes.*training.accumulation={enough},"
+    with pytest.raises(SettingsError, match=wanted):
+        make_plan(big(f"training.micro_batch_size={rows}", f"training.accumulation={passes}"), "h100-sxm", gpus)
+    with pytest.raises(SettingsError, match="8 processes cannot hold copies of 3 shards each"):
+        make_plan(big("parallel.shards=3"), "h100-sxm", 8)
+
+
+def test_shards_are_those_of_the_trainer(big, seven):
+    plan = make_plan(big("parallel.shards=4"), "h100-sxm", 8)
+    assert (plan.fit.sharding, plan.fit.step.shards, plan.fit.step.copies, plan.fit.devices) == ("hybrid", 4, 2, 8)
+    assert memory(plan)["weights"] == 4 * SEVEN_B // 4
+    # copies of 3.1 B would fit, but take more than the trainer's 60 % of a GPU
+    config = seven / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 11}))
+    assert make_plan(big(), "h100-sxm", 8).fit.sharding == "full"
+    assert make_plan(big("parallel.shards=1"), "h100-sxm", 8).fit.sharding == "replicated"
+
+
+def test_recomputing_is_proposed_where_it_is_enough(big):
+    wanted = r"-> set training.checkpoint_activations=full; or shard it over 3 or more \(--gpus 4\)"
+    with pytest.raises(SettingsError, match=wanted):
+        make_plan(big("data.sequence_length=4096"), "h100-sxm", 2)
+    make_plan(big("data.sequence_length=4096", "training.checkpoint_activations=full"), "h100-sxm", 2)
 
 
 def test_a_small_model_is_copied_and_not_sharded(settings):
@@ -96,6 +171,18 @@ def test_a_small_model_is_copied_and_not_sharded(settings):
     assert plan.fit.sharding == "replicated"
     assert plan.least_devices == 1
     assert plan.times.link_bytes == 2 * 4 * plan.shape.total.trained * 3 // 4
+    assert memory(plan)["gradients on their way"] == 4 * plan.shape.total.trained
+
+
+def test_more_than_a_machine_has_is_no_figure_of_its_link(big):
+    assert not any("network" in note for note in make_plan(big(), "h100-sxm", 8).notes)
+    assert any("16 GPUs" in note and "network" in note for note in make_plan(big(), "h100-sxm", 16).notes)
+
+
+def test_the_formula_of_the_loss_is_all_of_it(big):
+    plan = make_plan(big(), "h100-sxm", 8)
+    loss = next(part for part in parts(plan.shape, plan.fit.step) if part.name == "one head's loss")
+    assert eval(re.sub(r"[,a-z]", "", loss.formula.replace("B", "").replace("×", "*"))) == loss.bytes
 
 
 def test_money_of_a_whole_machine(settings):
@@ -118,6 +205,49 @@ def test_a_model_that_is_not_there(settings):
 def test_sequences_longer_than_the_model(big):
     with pytest.raises(InputError, match="longer than the model's 4096 positions"):
         make_plan(big("data.sequence_length=5000"), "h100-sxm", 8)
+
+
+VALUES = ("weighting.family=critic", "value.lora_rank=0", "value.max_steps=5000")
+
+
+def test_a_value_model_that_is_trained_first_is_planned_too(big):
+    """All layers of head 1 and no unembedding; of each pair two rows."""
+    plan, alone = (
+        make_plan(big(*VALUES, f"run.stage={stage}"), "h100-sxm", 8, price=2.0) for stage in ("all", "value")
+    )
+    first = plan.first
+    assert first.to_json() == alone.to_json()
+    layers, head = SEVEN_B - 2 * 32_000 * 4096 - (2 * 32 + 1) * 4096 - 3 * LAYER, 4096 * 256 + 256
+    assert first.shape.total.all == layers + (2 * 29 + 1) * 4096 + 32_000 * 4096 + head + 256 + 1
+    assert (first.shape.layers, first.shape.heads, first.steps) == (29, 0, 5000)
+    assert first.tokens_per_step == 2 * plan.tokens_per_step
+    assert first.times.flops == (6 * (layers + head) + 12 * 29 * 4096 * 2048) * first.tokens_per_step // 8
+    expected = (
+        first.steps * a + plan.steps * b for a, b in zip(first.times.expected, plan.times.expected, strict=True)
+    )
+    assert plan.hours == pytest.approx(tuple(seconds / 3600 for seconds in expected))
+    assert plan.money == pytest.approx(tuple(16.0 * hours for hours in plan.hours))
+    assert any("value model is in the hours" in note for note in plan.notes)
+    assert make_plan(big(*VALUES, "weighting.critic.value=elsewhere"), "h100-sxm", 8).first is None
+
+
+def test_one_side_where_values_are_regressed_and_no_backward_under_a_frozen_trunk(big):
+    regressed = make_plan(big(*VALUES, "run.stage=value", "value.objective=lambda_return"), "h100-sxm", 8)
+    assert regressed.tokens_per_step == 32_768
+    frozen = make_plan(big(*VALUES, "run.stage=value", "value.trunk_head=true"), "h100-sxm", 1)
+    assert frozen.times.flops < 0.4 * 28 / 29 * regressed.times.flops * 2 * 8
+    assert "trunk activations" not in memory(frozen)
+
+
+def test_a_value_model_that_does_not_fit_is_told_before_the_policy_is_planned(big):
+    with pytest.raises(SettingsError, match=r"2 rows of 2048 tokens of the value model need .*value\.lora_rank=16"):
+        make_plan(big(*VALUES, "lora.rank=16"), "h100-sxm", 1)
+    make_plan(big("weighting.family=critic", "lora.rank=16"), "h100-sxm", 1)  # the preset's adapters
+    with pytest.raises(
+        SettingsError, match=r"64 rows .* set value\.micro_batch_size=\d+, which makes smaller"
+    ) as caught:
+        make_plan(big(*VALUES, "value.micro_batch_size=32"), "h100-sxm", 8)
+    assert caught.value.where == "--set value.micro_batch_size=32"
 
 
 def test_several_cpus(settings):
@@ -147,6 +277,7 @@ class TestCommand:
         assert code == 0
         found = json.loads(out)
         assert {key: set(value) for key, value in found.items() if isinstance(value, dict)} == JSON
+        assert found["value_model"] is None
         assert found["memory"]["total"] == sum(part["bytes"] for part in found["memory"]["parts"])
         assert all(set(part) == {"name", "bytes", "formula"} for part in found["memory"]["parts"])
         assert found["memory"]["total"] < 80 * GIB
@@ -175,7 +306,7 @@ JSON = {
     "device": {
         *("key", "name", "count", "memory", "usable", "flops", "bandwidth", "link", "link_name", "source", "peak"),
     },
-    "step": {"tokens", "sequence_length", "precision", "micro_batch_size", "accumulation", "sharding"},
+    "step": {"tokens", "sequence_length", "precision", "micro_batch_size", "accumulation", "sharding", "shards"},
     "memory": {"parts", "total", "stacked", "trunk_if_recomputed"},
     "time": {
         *("flops", "bytes", "link_bytes", "by_flops", "by_bandwidth", "by_link", "expected", "basis"),
@@ -186,5 +317,5 @@ JSON = {
         *("bytes", "frozen_bytes", "export_bytes", "host_memory", "copy_seconds", "write_seconds"),
         *("pause_seconds", "interval"),
     },
-    "suggestion": {"micro_batch_size", "accumulation", "sharding", "least_devices"},
+    "suggestion": {"micro_batch_size", "accumulation", "sharding", "shards", "least_devices"},
 }

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from tests.servers.base import Server
+from tests.servers.processes import end, free_ports
 
 AZURITE = Path(__file__).parents[2] / ".cache" / "azurite" / "node_modules" / ".bin" / "azurite-blob"
 ACCOUNT = "testaccount"
-_SECONDS_TO_START = 60
+_SECONDS_TO_START = 120
 
 
 @pytest.fixture(scope="session")
@@ -27,9 +28,7 @@ def azure_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         pytest.skip(f"there is no {AZURITE}: run scripts/test.sh, with npm on PATH")
     key, wrong = (base64.b64encode(secrets.token_bytes(64)).decode() for _ in range(2))
     folder = tmp_path_factory.mktemp("azurite")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     command = [str(AZURITE), "--blobHost", "127.0.0.1", "--blobPort", str(port), "--location", str(folder), "--silent"]
     process = subprocess.Popen(
         [*command, "--disableTelemetry", "--skipApiVersionCheck"],
@@ -55,8 +54,7 @@ def azure_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         right, other = {**account, "AZURE_STORAGE_KEY": key}, {**account, "AZURE_STORAGE_KEY": wrong}
         yield Server("azure", endpoint, right, make_bucket, other)
     finally:
-        process.terminate()
-        process.wait(10)
+        end(process)
 
 
 def _wait(port: int, process: "subprocess.Popen[bytes]") -> None:

@@ -3,7 +3,6 @@
 import itertools
 import json
 import platform
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -14,8 +13,9 @@ import requests
 
 from tests.servers.base import Server
 from tests.servers.gcs_server import GcsServer
+from tests.servers.processes import end, free_ports
 
-_SECONDS_TO_START = 30
+_SECONDS_TO_START = 120
 
 
 @pytest.fixture(scope="session")
@@ -54,9 +54,7 @@ def fake_gcs_server() -> Iterator[Server]:
     program = Path(package.__file__).parent / "vendor" / "fake-gcs-server" / "bin" / name
     if not program.exists():
         pytest.skip(f"there is no {name}")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     address = f"http://127.0.0.1:{port}"
     options = ["-scheme", "http", "-host", "127.0.0.1", "-port", str(port), "-backend", "memory"]
     command = [str(program), *options, "-external-url", address, "-public-host", f"127.0.0.1:{port}"]
@@ -65,8 +63,7 @@ def fake_gcs_server() -> Iterator[Server]:
         _wait(address, process)
         yield Server("gcs", address, {}, _bucket_maker(address))
     finally:
-        process.terminate()
-        process.wait(10)
+        end(process)
 
 
 def _wait(address: str, process: "subprocess.Popen[bytes]") -> None:
@@ -75,7 +72,7 @@ def _wait(address: str, process: "subprocess.Popen[bytes]") -> None:
         try:
             requests.get(f"{address}/storage/v1/b", timeout=1)
             return
-        except requests.ConnectionError:
+        except (requests.ConnectionError, requests.Timeout):
             time.sleep(0.05)
     pytest.fail("fake-gcs-server did not start")
 

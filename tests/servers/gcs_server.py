@@ -52,7 +52,7 @@ class GcsServer:
     def __exit__(self, *_: object) -> None:
         self._http.shutdown()
         self._http.server_close()
-        self._thread.join(10)
+        self._thread.join(60)
 
     def service_account(self, *, known: bool = True) -> dict[str, str]:
         """The content of a service account's key file; its token server is this one, which refuses unknown keys."""

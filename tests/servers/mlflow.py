@@ -13,13 +13,13 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from tests.servers.s3 import free_ports
+from tests.servers.processes import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / ".cache" / "mlflow" / "bin" / "mlflow"
@@ -56,6 +56,7 @@ class TrackingServer:
     mlflow_port: int
     postgres_port: int
     artifacts: str
+    of_artifacts: Mapping[str, str] = field(default_factory=dict)  # what MLflow needs to know about their bucket
     processes: dict[str, "subprocess.Popen[bytes]"] = field(default_factory=dict)
 
     @property
@@ -101,6 +102,7 @@ class TrackingServer:
                 "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
                 "MLFLOW_DISABLE_TELEMETRY": "true",
                 "HOME": str(self.folder),
+                **self.of_artifacts,
             },
             preexec_fn=_die_with_parent,
             start_new_session=True,
@@ -114,7 +116,7 @@ class TrackingServer:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait(30)
 
-    def wait(self, seconds: float = 120) -> None:
+    def wait(self, seconds: float = 300) -> None:
         """Until MLflow answers through nginx."""
         until = time.monotonic() + seconds
         while True:
@@ -140,8 +142,8 @@ class TrackingServer:
 
 
 @contextlib.contextmanager
-def running() -> Iterator[TrackingServer]:
-    """MLflow with PostgreSQL and a folder for artifacts, behind nginx with Basic Auth."""
+def running(artifacts: str, of_artifacts: Mapping[str, str]) -> Iterator[TrackingServer]:
+    """MLflow with PostgreSQL and a bucket for artifacts, behind nginx with Basic Auth."""
     if not PROGRAM.exists():
         pytest.skip(f"there is no {PROGRAM}: scripts/test.sh installs it")
     need("nginx"), need("postgres")
@@ -149,11 +151,11 @@ def running() -> Iterator[TrackingServer]:
         folder = Path(name)
         folder.chmod(0o755)  # PostgreSQL does not run as root
         ports = free_ports(3)
-        server = TrackingServer(folder, *ports, artifacts=str(folder / "artifacts"))
+        server = TrackingServer(folder, *ports, artifacts, of_artifacts)
         try:
             _start_postgres(server)
             server.start_mlflow()
-            _start_nginx(server)
+            server.processes["nginx"] = _start_nginx(server, folder, server.port)
             server.wait()
             yield server
         finally:
@@ -168,7 +170,7 @@ def _start_postgres(server: TrackingServer) -> None:
         shutil.chown(data, "postgres", "postgres")
     subprocess.run(
         [need("initdb"), "-D", str(data), "-U", "postgres", "--auth=trust", "--no-sync", "-E", "UTF8", "--locale=C"],
-        check=True, capture_output=True, timeout=60, cwd="/", **who,
+        check=True, capture_output=True, timeout=180, cwd="/", **who,
     )  # fmt: skip
     options = ("-h", "127.0.0.1", "-p", str(server.postgres_port), "-k", str(data), "-F")
     with (server.folder / "postgres.log").open("wb") as log:
@@ -177,7 +179,7 @@ def _start_postgres(server: TrackingServer) -> None:
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", preexec_fn=_die_with_parent, **who,
         )  # fmt: skip
     _wait_for(server.postgres_port, server.processes["postgres"], server.folder / "postgres.log")
-    until = time.monotonic() + 30
+    until = time.monotonic() + 300
     while True:  # the port is open before the database is
         try:
             server.query("select 1")
@@ -188,34 +190,57 @@ def _start_postgres(server: TrackingServer) -> None:
             time.sleep(0.1)
 
 
-def _start_nginx(server: TrackingServer) -> None:
-    folder = server.folder
+@contextlib.contextmanager
+def tls(server: TrackingServer) -> Iterator[tuple[str, Path]]:
+    """A second nginx before the same server, with TLS: its address, and the certificate to believe in."""
+    folder, [port] = server.folder / "behind-tls", free_ports(1)
+    (folder / "tls").mkdir(parents=True)
+    folder.chmod(0o755)
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2",
+         "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost",
+         "-keyout", folder / "tls" / "server.key", "-out", folder / "tls" / "server.pem"],
+        check=True, capture_output=True, timeout=30,
+    )  # fmt: skip
+    process = _start_nginx(server, folder, port, tls=True)
+    try:
+        yield f"https://localhost:{port}", folder / "tls" / "server.pem"
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def _start_nginx(server: TrackingServer, folder: Path, port: int, *, tls: bool = False) -> "subprocess.Popen[bytes]":
     hashed = subprocess.run(["openssl", "passwd", "-6", PASSWORD], capture_output=True, text=True, check=True).stdout
     (folder / "htpasswd").write_text(f"{USER}:{hashed}")
-    (folder / "no-tls.conf").write_text("")
+    name = "tls.conf" if tls else "no-tls.conf"
+    settings = (ROOT / "docker" / "tracking" / name).read_text()
+    (folder / name).write_text(settings.replace("/etc/nginx/tracking", str(folder)))
     template = string.Template((ROOT / "docker" / "tracking" / "default.conf.template").read_text())
     upstream = f"127.0.0.1:{server.mlflow_port}"
     (folder / "default.conf").write_text(
         template.safe_substitute(
-            TRACKING_LISTEN=f"127.0.0.1:{server.port}",
-            TRACKING_TLS=f"{folder}/no-tls.conf",
+            TRACKING_LISTEN=f"127.0.0.1:{port}{' ssl' if tls else ''}",
+            TRACKING_TLS=f"{folder}/{name}",
             TRACKING_HTPASSWD=f"{folder}/htpasswd",
             TRACKING_UPSTREAM=upstream,
+            TRACKING_RESOLVER="127.0.0.1",  # never asked: the upstream is an address
             TRACKING_HOST=upstream,
         )
     )
     user = "user root;" if os.geteuid() == 0 else ""
     (folder / "nginx.conf").write_text(_MAIN.format(folder=folder, user=user))
     with (folder / "nginx.log").open("wb") as log:
-        server.processes["nginx"] = subprocess.Popen(
+        process = subprocess.Popen(
             [need("nginx"), "-p", str(folder), "-c", str(folder / "nginx.conf"), "-e", str(folder / "nginx.log")],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=_die_with_parent,
         )  # fmt: skip
-    _wait_for(server.port, server.processes["nginx"], folder / "nginx.log")
+    _wait_for(port, process, folder / "nginx.log")
+    return process
 
 
 def _wait_for(port: int, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    until = time.monotonic() + 30
+    until = time.monotonic() + 300
     while True:
         try:
             socket.create_connection(("127.0.0.1", port), 1).close()

@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, Self
 
+from tests.servers.processes import free_ports
+
 Direction = Literal["up", "down"]
 _CHUNK = 1 << 18
 _HEAD_END = b"\r\n\r\n"
@@ -58,7 +60,7 @@ class Proxy:
 
     def __init__(self, host: str, port: int) -> None:
         self.target = (host, port)
-        self.port = 0
+        (self.port,) = free_ports(1)  # it is opened again after `refuse`: nothing may take it meanwhile
         # seconds a byte is on its way; a new connection costs one round trip more, as its handshake would
         self.latency_up = 0.0
         self.latency_down = 0.0
@@ -147,14 +149,14 @@ class Proxy:
 
     def __enter__(self) -> Self:
         self._thread.start()
-        assert self._ready.wait(10), "the proxy does not start"
+        assert self._ready.wait(60), "the proxy does not start"
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(10)
+        self._thread.join(60)
         self._calls.shutdown(cancel_futures=True)
         assert not self._thread.is_alive(), "the proxy does not stop"
 
@@ -170,12 +172,11 @@ class Proxy:
         await asyncio.sleep(0.05)
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
-        asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
+        asyncio.run_coroutine_threadsafe(work, self._loop).result(60)
 
     async def _listen(self) -> None:
         if self._server is None:
             self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, limit=_CHUNK, backlog=512)
-            self.port = self._server.sockets[0].getsockname()[1]
 
     async def _unlisten(self) -> None:
         if self._server is not None:

@@ -1,6 +1,5 @@
 """SeaweedFS as an S3 server, with and without TLS: one process on loopback for the whole session."""
 
-import contextlib
 import ctypes
 import datetime
 import ipaddress
@@ -8,7 +7,6 @@ import itertools
 import json
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +18,7 @@ from typing import Any
 import pytest
 
 from tests.servers.base import Server
+from tests.servers.processes import end, free_ports
 
 ACCESS_KEY = "TESTSACCESSKEY"
 SECRET_KEY = "tests-secret-key-of-nobody"
@@ -123,12 +122,7 @@ def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
             wait_until_ready(found, process, folder / "log")
             yield found
         finally:
-            process.terminate()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait(10)
+            end(process)
 
 
 def arguments(folder: Path, ports: list[int]) -> list[str]:
@@ -167,11 +161,11 @@ def _die_with_parent() -> None:
 
 
 def wait_until_ready(server: Seaweed, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    """Until a bucket can be made and written to, or a minute has passed."""
+    """Until a bucket can be made and written to, or two minutes have passed."""
     import botocore.exceptions
 
     client = server.client()
-    until = time.monotonic() + 60
+    until = time.monotonic() + 120
     while True:
         try:
             client.create_bucket(Bucket="ready")
@@ -183,15 +177,6 @@ def wait_until_ready(server: Seaweed, process: "subprocess.Popen[bytes]", log: P
                 pytest.fail(f"SeaweedFS does not start: {error}\n{end}")
             time.sleep(0.1)
     client.close()
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 that nobody listens on; held until all are known, so no two are the same."""
-    with contextlib.ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
 
 
 def certificates(folder: Path) -> Path:

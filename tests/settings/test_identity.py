@@ -101,6 +101,26 @@ def test_a_family_reads_its_own_settings(family, overrides):
         assert settings(*chosen, override).digest() == digest, override
 
 
+BESIDE = ("weighting.family=critic", "weighting.critic.auxiliary=0.1", "value.trunk_head=true", "data.solutions=all")
+
+
+def test_what_a_head_beside_the_policy_learns_counts():
+    def differ(*chosen):
+        return settings(*chosen).digest() != settings(*chosen[:-1]).digest()
+
+    assert differ(*BESIDE, "weighting.critic.auxiliary=0.2")
+    assert differ(*BESIDE, "value.objective=lambda_return")
+    assert differ(*BESIDE, "data.pairs.length_share=0.5")
+    assert not differ(*BESIDE, "value.objective=lambda_return", "data.pairs.length_share=0.5")
+    assert not differ(*BESIDE, "data.pairs.per_problem=2")
+    assert not differ(*BESIDE, "value.max_steps=3")
+    assert differ(*BESIDE, "run.stage=policy", "value.hidden=8")
+    # it has the width of the one that it was before
+    assert not differ(*BESIDE, "weighting.critic.value=/v", "value.hidden=8")
+    # frozen, it is in the identity as it was before there was a choice
+    assert "weighting.critic.auxiliary" not in settings("weighting.family=critic").identity()
+
+
 def values(*overrides):
     return value_run(settings("run.stage=value", *overrides))
 

@@ -10,6 +10,10 @@ import pytest
 from wmtp_worker.errors import SettingsError
 from wmtp_worker.settings import load
 
+# a value head that is trained on beside the policy
+SKIPS = ["weighting.family=rho1_tokenskip", "weighting.reference=/m", "weighting.normalise=mean1_clip"]
+BESIDE = ("weighting.family=critic", "weighting.critic.auxiliary=0.1", "value.trunk_head=true", "data.solutions=all")
+
 
 def refusal(**arguments):
     with pytest.raises(SettingsError) as caught:
@@ -57,6 +61,7 @@ def refusal(**arguments):
         ),
         ("training.min_lr_ratio=-1", "-> set a number at least 0"),
         ("training.beta2=1", "-> set a number less than 1"),
+        ("training.moments=bf8", "training.moments"),
         (
             "training.precision=bf61",
             "is not one of its choices (from --set training.precision=bf61) -> did you mean bf16?",
@@ -166,6 +171,20 @@ def test_one_wrong_value(override, line):
             "value.trunk_head trains nothing of the trunk, value.lora_rank adapters on it",
         ),
         (
+            [*BESIDE, "value.trunk_head=false"],
+            "weighting.critic.auxiliary=0.1 (--set weighting.critic.auxiliary=0.1) trains on a head on the policy's "
+            "trunk, but value.trunk_head=false makes another model",
+        ),
+        (
+            [*BESIDE, "value.backbone=/m", "weighting.critic.value=/v"],
+            "value.trunk_head is a head on the policy, value.backbone another model",
+        ),
+        ([*BESIDE, "data.solutions=correct"], "but data.solutions=correct leaves them out"),
+        (
+            ["weighting.family=critic", "run.stage=policy"],
+            "run.stage=policy trains no value model, and weighting.critic.value names none (from --set run.stage=pol",
+        ),
+        (
             ["run.stage=value", "value.patience=2", "evaluation.every=0"],
             "value.patience counts validations, but there is only one, at the end",
         ),
@@ -175,6 +194,24 @@ def test_one_wrong_value(override, line):
             "run.resume=10 is beyond the value model's 9 steps",
         ),
         (["data.pairs.difficulty_bins=[[9, 7, 1]]"], "is not [low, high, weight]"),
+        (["data.pairs.difficulty_bins=[[1.9, 2.9, 1]]"], "is not [low, high, weight] with whole numbers"),
+        (
+            ["data.pairs.difficulty_bins=[[4, 6, 1], [1, 4, 1]]"],
+            "data.pairs.difficulty_bins: 1 to 4 and the bin from 4 overlap (from --set data.pairs.difficulty_bins=",
+        ),
+        (
+            SKIPS,
+            "weighting.min=0.1 with mean1_clip lifts the tokens that rho1_tokenskip skips "
+            "(from --set weighting.normalise=mean1_clip) -> set weighting.normalise=mean1",
+        ),
+        (
+            [*SKIPS, "weighting.min=0", "weighting.rho1.share=0.1"],
+            "weighting.rho1.share=0.1 of the tokens at weighting.max=5 cannot have the mean 1",
+        ),
+        (
+            ["weighting.family=grpo", "data.solutions=all", "weighting.min=0", "weighting.grpo.beta=0.005"],
+            "exp(-weighting.grpo.clip / weighting.grpo.beta) = exp(-3 / 0.005) is 0, and so may be all weights",
+        ),
         (["run.resume=201"], "run.resume=201 must not be greater than training.max_steps=200"),
     ],
 )
@@ -193,6 +230,11 @@ def test_values_that_contradict_each_other(overrides, line):
         ["run.resume=200"],
         ["run.stage=value", "value.max_steps=300", "run.resume=300"],
         ["weighting.family=critic", "run.name=" + "x" * 94],
+        [*BESIDE],
+        [*BESIDE, "run.stage=policy"],
+        ["run.stage=policy"],
+        ["weighting.family=critic", "run.stage=policy", "weighting.critic.value=/v"],
+        ["weighting.critic.auxiliary=0.1"],  # of a family that is not chosen
         ["weighting.family=critic", "weighting.critic.value=/v", "run.name=" + "x" * 100],
         ["weighting.family=critic", "evaluation.every=0"],
         ["weighting.min=2", "weighting.max=2"],
@@ -301,9 +343,15 @@ def test_a_current_directory_that_is_gone(elsewhere):
 
 def test_a_settings_error_ends_the_command_with_78():
     command = [sys.executable, "-m", "wmtp_worker", "settings", "show", "--set", "training.lrr=1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     assert done.returncode == 78
     assert done.stdout == ""
     assert done.stderr == (
         "error: unknown setting 'training.lrr' (from --set training.lrr=1) -> did you mean training.lr?\n"
     )
+
+
+def test_moments_in_bf16_need_averages_that_move():
+    said = refusal(overrides=["training.moments=bf16", "training.beta2=0.999"])
+    assert "training.beta2=0.999 moves a moment by less than bf16 can tell apart" in said
+    assert "(from --set training.beta2=0.999) -> set training.beta2=0.99 or less, or training.moments=fp32" in said

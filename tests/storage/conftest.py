@@ -2,7 +2,6 @@
 
 import importlib
 import itertools
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +12,6 @@ from wmtp_worker.settings import CloudSettings
 from wmtp_worker.storage.objects import ObjectStore
 
 MODULES = {"local": "directory", "s3": "s3", "gcs": "gcs", "azure": "azure"}
-CREDENTIALS = ("AWS_", "AZURE_", "GOOGLE_", "GCLOUD_", "STORAGE_EMULATOR_", "BOTO_")
 _numbers = itertools.count()
 _clouds: dict[int, CloudSettings] = {}
 
@@ -23,20 +21,6 @@ def server(request: pytest.FixtureRequest) -> Server:
     """Each kind of server in turn."""
     found: Server = request.getfixturevalue(f"{request.param}_server")
     return found
-
-
-@pytest.fixture
-def use_environ(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Give the process these variables, and nobody else's credentials."""
-
-    def use(environ: Any) -> None:
-        for name in list(os.environ):
-            if name.startswith(CREDENTIALS):
-                monkeypatch.delenv(name)
-        for name, value in environ.items():
-            monkeypatch.setenv(name, value)
-
-    return use
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ from wmtp_worker.storage.transfer import Report
 SECONDS = 3.0  # of a lease
 KEEP_LAST = 2
 FROZEN = b"frozen" * 20_000  # large enough to be worth a copy
-GRACE = 30.0
+GRACE = 120.0
 
 
 class Killed(BaseException):

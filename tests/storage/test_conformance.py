@@ -556,10 +556,13 @@ class Test_a_store:
             gc.collect()
             sockets = [one for one in process.net_connections("tcp") if one.status == psutil.CONN_ESTABLISHED]
             ours = [one.raddr.port for one in sockets if server.endpoint and f":{one.raddr.port}" in server.endpoint]
-            return len(ours), [thread.name for thread in threading.enumerate()], len(process.open_files())
+            return len(ours), len(process.open_files()), set(threading.enumerate())
 
         again().head  # noqa: B018  # what is loaded once for all
-        before = held()
+        until = time.monotonic() + 60
+        while held()[0] and time.monotonic() < until:  # of the tests before
+            time.sleep(0.05)
+        before = sockets, files, threads = held()
         store = opened(server)
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(lambda number: store.put(f"{number}", DATA), range(8)))
@@ -568,7 +571,7 @@ class Test_a_store:
         upload.put(0, source.read_bytes()[: upload.part_size])
         assert server.endpoint is None or held()[0] > before[0]
         store.close()
-        until = time.monotonic() + 5
-        while (now := held()) > before and time.monotonic() < until:
+        until = time.monotonic() + 60
+        while (now := held())[0] > sockets or now[1] > files or now[2] - threads:
+            assert time.monotonic() < until, (before, now)
             time.sleep(0.05)
-        assert now <= before

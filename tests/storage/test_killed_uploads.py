@@ -34,10 +34,10 @@ def test_it_is_finished_where_it_was_begun(server, use_environ, tmp_path):
     parts = urlsplit(server.endpoint)
     with Proxy(parts.hostname, parts.port) as proxy:
         changes = {"endpoint_url": f"{proxy.endpoint}{parts.path}"}
-        variables = server.variables(bucket, bandwidth=24, **changes)
+        variables = server.variables(bucket, bandwidth=8, concurrency=1, **changes)
         environ = {**os.environ, **variables, "WMTP_WORKDIR": str(paths.workdir)}
         with subprocess.Popen([sys.executable, str(Path(__file__).with_name("publisher.py"))], env=environ) as first:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 120
             while proxy.bytes_up < 0.6 * SIZE and first.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.01)
             first.send_signal(signal.SIGKILL)

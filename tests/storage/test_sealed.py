@@ -30,4 +30,4 @@ def test_after_an_error_no_further_one_begins():
 
 
 def test_one_that_hangs_does_not_keep_the_process():
-    subprocess.run([sys.executable, "-c", HANGS], check=True, timeout=30)
+    subprocess.run([sys.executable, "-c", HANGS], check=True, timeout=120)

@@ -50,6 +50,7 @@ class Browser:
         return [
             "--headless", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
             "--no-first-run", "--disable-background-networking", offline, f"--user-data-dir={self._home.name}",
+            "--allow-pre-commit-input",  # else keys that come before the first frame are dropped
         ]  # fmt: skip
 
     def open(self, page: Path, width: int, dark: bool = False, height: int = 900) -> None:
@@ -59,23 +60,28 @@ class Browser:
         phone = width < 600
         size = {"width": width, "height": height, "deviceScaleFactor": 2 if phone else 1, "mobile": phone}
         self.tab("Emulation.setDeviceMetricsOverride", size)
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.tab("Emulation.setEmulatedMedia", {"features": [scheme]})
+        self._scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.tab("Emulation.setEmulatedMedia", {"media": "", "features": [self._scheme]})
+        self.evaluate("window.before = true")  # the page before may still be there when the answer comes
         self.tab("Page.navigate", {"url": page.absolute().as_uri()})
         end = time.monotonic() + SECONDS
-        while self.evaluate("document.readyState") != "complete" or self.evaluate("location.href") == "about:blank":
+        while not self.evaluate("!window.before && document.readyState == 'complete'"):
             assert time.monotonic() < end
             time.sleep(0.05)
+
+    def print(self) -> None:
+        """The page as paper gets it, with the colours that were set, until the next one is opened."""
+        self.tab("Emulation.setEmulatedMedia", {"media": "print", "features": [self._scheme]})
 
     def evaluate(self, script: str) -> Any:
         answer = self.tab("Runtime.evaluate", {"expression": script, "returnByValue": True, "awaitPromise": True})
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
-    def screenshot(self, path: Path, height: int = 0) -> None:
-        """The whole page as a PNG, or its first `height` CSS pixels."""
+    def screenshot(self, path: Path, height: float = 0, top: float = 0) -> None:
+        """The whole page as a PNG, or `height` CSS pixels of it from `top` on."""
         size = self.tab("Page.getLayoutMetrics")["cssContentSize"]
-        clip = {"x": 0, "y": 0, "width": size["width"], "height": height or size["height"], "scale": 1}
+        clip = {"x": 0, "y": top, "width": size["width"], "height": height or size["height"], "scale": 1}
         shot = self.tab("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
         path.write_bytes(base64.b64decode(shot["data"]))
 

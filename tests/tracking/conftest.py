@@ -4,9 +4,10 @@ from tests.servers import mlflow
 
 
 @pytest.fixture(scope="session")
-def tracking_server():
-    """MLflow with PostgreSQL and a folder for artifacts, behind nginx with Basic Auth."""
-    with mlflow.running() as server:
+def tracking_server(s3_server):
+    """MLflow with PostgreSQL and a bucket for artifacts, behind nginx with Basic Auth."""
+    address = {**s3_server.environ, "MLFLOW_S3_ENDPOINT_URL": s3_server.endpoint}
+    with mlflow.running(f"s3://{s3_server.make_bucket()}/mlflow-artifacts", address) as server:
         yield server
 
 

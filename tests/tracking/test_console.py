@@ -7,6 +7,7 @@ import logging
 import pytest
 from rich.console import Console
 
+from wmtp_worker.tracking import console
 from wmtp_worker.tracking.console import LogFile, logging_to_console
 
 log = logging.getLogger("wmtp_worker.test")
@@ -45,3 +46,21 @@ def test_text_is_plain_in_a_pipe(tmp_path, planted):
     assert "INFO    a token: ***" in shown
     assert "\x1b" not in shown
     assert planted not in shown + written
+
+
+def test_a_log_that_grows_is_rotated_and_its_newest_lines_stay_whole(tmp_path, planted, monkeypatch):
+    monkeypatch.setattr(console, "_LOG_BYTES", 2000)
+    path = tmp_path / "training.log"
+    for begin in (0, 200):  # two processes of a run
+        with logging_to_console("error", Console(file=io.StringIO())), LogFile(path) as file:
+            file.open()
+            for number in range(begin, begin + 200):
+                log.info("line %d: %s", number, planted)
+    names = ["training.log.3", "training.log.2", "training.log.1", "training.log"]
+    assert sorted(one.name for one in tmp_path.iterdir()) == sorted(names)
+    assert all(0 < (tmp_path / name).stat().st_size <= 2000 for name in names)
+    kept = "".join((tmp_path / name).read_text() for name in names).splitlines()
+    numbers = [int(line.partition("line ")[2].partition(":")[0]) for line in kept]
+    assert numbers == list(range(400 - len(kept), 400))
+    assert len(kept) > 60
+    assert all(line.endswith(": ***") for line in kept)

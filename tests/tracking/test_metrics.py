@@ -104,7 +104,8 @@ def test_a_full_disk_is_said_once_by_the_log_and_ends_nothing(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_the_heartbeat_is_throttled_but_never_between_phases(tmp_path):
+def test_the_heartbeat_is_throttled_but_never_between_phases(tmp_path, monkeypatch):
+    monkeypatch.setattr(heartbeat_module, "_INTERVAL", 60.0)
     path = tmp_path / "heartbeat.json"
     heartbeat = Heartbeat(path, "r")
     heartbeat.beat("train", step=1)
@@ -116,17 +117,18 @@ def test_the_heartbeat_is_throttled_but_never_between_phases(tmp_path):
 
 def test_the_heartbeat_goes_on_during_a_call_that_cannot_beat(tmp_path, monkeypatch):
     monkeypatch.setattr(heartbeat_module, "_INTERVAL", 0.01)
-    monkeypatch.setattr(heartbeat_module, "_LONGEST_CALL", 0.3)
+    monkeypatch.setattr(heartbeat_module, "_LONGEST_CALL", 5.0)
     beats = []
     heartbeat = Heartbeat(tmp_path / "heartbeat.json", "r", lambda: beats.append(time.monotonic()))
     with heartbeat.during("model"):
         began = time.monotonic()
         while len(beats) < 5:
-            assert time.monotonic() < began + 10
+            assert time.monotonic() < began + 60
             time.sleep(0.01)
         assert json.loads((tmp_path / "heartbeat.json").read_text())["phase"] == "model"
-        time.sleep(0.5)  # a call that never comes back is seen in the end
-        assert time.monotonic() - beats[-1] > 0.1
+        while time.monotonic() - beats[-1] < 0.5:  # a call that never comes back is seen in the end
+            assert time.monotonic() < began + 60
+            time.sleep(0.01)
     after = len(beats)
     time.sleep(0.05)
     assert len(beats) == after
@@ -179,6 +181,8 @@ def test_the_log_has_what_came_before_it_could_be_opened(opened, tmp_path):
     assert path.read_text().count("early") == 1
 
 
+# the bar's own thread may draw it between the hang-up and its end
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_terminal_that_hung_up_does_not_hide_why_a_run_ends():
     leader, follower = pty.openpty()
     terminal = os.fdopen(follower, "w")

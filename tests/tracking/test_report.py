@@ -1,5 +1,6 @@
 """The page: what it says, that it is safe to open whatever a run contains, and how it looks in a browser."""
 
+import itertools
 import json
 import math
 from html.parser import HTMLParser
@@ -12,6 +13,7 @@ from wmtp_worker.storage.layout import RunRecord
 from wmtp_worker.tracking.report import chart as charts
 from wmtp_worker.tracking.report import read_metrics, verdict
 from wmtp_worker.tracking.report.chart import Line, chart, spell, ticks
+from wmtp_worker.tracking.report.tokens import level
 from wmtp_worker.training.report import read_record, write_report
 from wmtp_worker.weighting.bins import EDGES
 
@@ -140,9 +142,7 @@ def test_the_page_of_a_run_has_every_section_there_is_something_for(run):
     assert anchors(html) == ["loss", "weights", "optimiser", "throughput", "saves", "settings"]
     said, _ = words(html)
     assert "Finished after 40 steps. Validation loss fell from" in said
-    assert (
-        "All 2 heads improved. Nothing interrupted it. It ran for 1.7 min, which cost 1.00 at the price given." in said
-    )
+    assert "All 2 heads improved. Nothing interrupted it. It ran for 1.7 min, which cost 1.00 in the curr" in said
     assert "tokens 24,000 in 40 steps tokens/s 1,200" in said
     assert "training.max_steps 40" in said
 
@@ -201,6 +201,37 @@ def test_interruptions_say_what_they_cost(run):
     assert "1970-01-01 00:20:00 gpu-1 killed 26 20 6 12 s 10 s 2.5 min 0.22" in said
 
 
+@pytest.mark.parametrize(("second", "cost", "says"), [(18.0, "1.75", ", which cost"), (None, "1.00", "as far as")])
+def test_each_process_costs_what_its_machine_does(second, cost, says, run):
+    prices = {} if second is None else {"price_per_hour": second}
+    ledger = [
+        start(price_per_hour=36.0),
+        end("notice", 20),
+        start("b", 2000.0, **prices),
+        end(time=2150.0, process="b"),
+    ]
+    said, _ = words(page_of(run(ledger=ledger)))
+    assert f"cost {cost} " in said
+    assert says in said
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "says"),
+    [
+        ({"loss": 2.0}, {"loss": 3.0}, "But the validation loss rose."),
+        ({"loss": 2.0}, {"loss": 2.0}, "But the validation loss did not fall."),
+        ({"loss": 2.0, "head_loss": [1.0, 1.0]}, {"loss": 1.9, "head_loss": [1.0, 1.1]}, "But no head improved."),
+    ],
+)
+def test_a_finished_run_that_learned_nothing_is_a_warning(first, last, says, run):
+    record = run()
+    write_lines(
+        record.metrics, [{"kind": "validation", "step": 10, **first}, {"kind": "validation", "step": 40, **last}]
+    )
+    found = verdict.of_run(read_record(record))
+    assert (found.mark, found.headline) == ("warning", f"Finished after 40 steps. {says}")
+
+
 def test_a_comparison_names_the_better_run_and_its_caveats(run):
     runs = [run("one"), run("two", scale=0.9, settings={"run.seed": 2, "weighting.family": "uniform"})]
     html = page_of(*runs)
@@ -241,8 +272,21 @@ def test_the_value_model_of_a_run_is_shown_with_it(run, tmp_path):
     for title in ("Value loss", "Pairwise accuracy", "Explained variance", "Calibration error", "Calibration"):
         assert title in said
     assert "perfect correct in fact" in said
+    assert "Stage 1: loss of the value model" in said
+    assert "beside the policy" not in said
     own = verdict.of_run(read_record(RunRecord(tmp_path / "logs" / "critic-value")))
     assert "Validation loss 0.3 at step 1, measured once." in own.sentences
+    alone = RunRecord(tmp_path / "logs" / "critic-value")
+    assert anchors(page_of(alone)) == ["loss", "value"]
+    assert "Stage 1: validation loss of the value models" in words(page_of(alone, run("other")))[0]
+
+
+def test_values_learned_beside_the_policy_are_shown_after_those_of_the_first_stage(run, tmp_path):
+    record = run("critic")
+    for place in (record, RunRecord(tmp_path / "logs" / "critic-value")):
+        write_lines(place.metrics, [{"kind": "train", "step": step, "value_loss": 0.5 / step} for step in (1, 2)])
+    said, _ = words(page_of(record))
+    assert "beside the policy" in said
 
 
 # --- that it is safe -------------------------------------------------------------------------------------------
@@ -382,6 +426,101 @@ def test_the_switches_colour_the_tokens_without_a_script(run, browser):
     assert browser.evaluate(colour) != first
     shown = "[...document.querySelectorAll('.code span')].map((it) => it.textContent).join('')"
     assert browser.evaluate(shown).startswith("def area(r):↵\n    return 3")
+
+
+def test_the_switch_of_moments_changes_the_curve_and_the_table_with_the_tokens(run, browser):
+    record = run()
+    page_of(record)
+    browser.open(record.folder / "page.html", 1280)
+    browser.evaluate("document.querySelectorAll('.sample details').forEach((it) => (it.open = true))")
+    for moment, step in ((2, 40), (0, 10)):
+        browser.evaluate(f"document.querySelector('label[for=moment{moment}]').click()")
+        seen = browser.evaluate("document.querySelector('.sample').innerText")
+        assert [at for at in (10, 20, 40) if f"step {at}, by head" in seen] == [step]
+        assert [at for at in (10, 20, 40) if f"at step {at}\n" in seen] == [step]
+
+
+def test_lighter_and_heavier_than_1_are_told_apart(run, browser):
+    assert [level(weight, 1.0) for weight in (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)] == [-100, -100, -100, 0, 100, 100]
+    record = run()
+    page_of(record)
+    browser.open(record.folder / "page.html", 1280)
+    colour = "getComputedStyle(document.querySelectorAll('.code span')[{}]).backgroundColor"
+    red, _, blue = browser.evaluate(f"({colour.format(3)}).match(/[0-9.]+/g).slice(0, 3).map(Number)")  # 2.1
+    assert red > blue
+    red, _, blue = browser.evaluate(f"({colour.format(0)}).match(/[0-9.]+/g).slice(0, 3).map(Number)")  # 0.3
+    assert red < blue
+
+
+def test_paper_is_white_and_ink_is_dark_whatever_the_screen_likes(run, browser):
+    record = run()
+    page_of(record)
+    browser.open(record.folder / "page.html", 1000, dark=True)
+    browser.print()
+    style = "(({backgroundColor, color}) => [backgroundColor, color])(getComputedStyle(document.body))"
+    assert browser.evaluate(style) == ["rgb(255, 255, 255)", "rgb(28, 27, 25)"]
+    assert browser.evaluate("getComputedStyle(document.querySelector('nav')).display") == "none"
+
+
+# of all text that is seen: the least contrast with what is behind it (WCAG 2.2), as [ratio, text]
+_CONTRAST = """(() => {
+  const canvas = new OffscreenCanvas(1, 1).getContext("2d", {willReadFrequently: true});
+  const paint = (colours) => {
+    canvas.clearRect(0, 0, 1, 1);
+    for (const colour of colours) { canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); }
+    return [...canvas.getImageData(0, 0, 1, 1).data];
+  };
+  const light = (rgb) => {
+    const [r, g, b] = rgb.map((v) => ((v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  let least = [99, ""];
+  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (texts.nextNode()) {
+    const it = texts.currentNode.parentElement, text = texts.currentNode.data.trim();
+    if (!text || !it.checkVisibility() || it.closest("style, script, .skip, svg")) continue;
+    const behind = [];
+    for (let at = it; at; at = at.parentElement) behind.unshift(getComputedStyle(at).backgroundColor);
+    const [a, b] = [paint(behind), paint([...behind, getComputedStyle(it).color])].map(light).sort((x, y) => y - x);
+    const ratio = (a + 0.05) / (b + 0.05);
+    if (ratio < least[0]) least = [ratio, text];
+  }
+  return least;
+})()"""
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_everybody_can_read_it_and_find_their_way(dark, run, browser):
+    record, other = run(), run("other", ledger=[start(), end("failed", 17, detail="the loss is nan")])
+    for records in ([record], [other], [record, other]):
+        page_of(*records)
+        browser.open(records[0].folder / "page.html", 1280, dark)
+        browser.evaluate("document.querySelectorAll('details').forEach((it) => (it.open = true))")
+        ratio, text = browser.evaluate(_CONTRAST)
+        assert ratio >= 4.5, text
+        headings = browser.evaluate("[...document.querySelectorAll('h1,h2,h3')].map((it) => +it.tagName[1])")
+        assert headings[0] == 1
+        assert all(below - above <= 1 for above, below in itertools.pairwise(headings))
+        nodes = browser.tab("Accessibility.getFullAXTree")["nodes"]
+        said = [(node["role"]["value"], node.get("name", {}).get("value")) for node in nodes if not node["ignored"]]
+        roles = {role for role, _ in said}
+        assert {"main", "navigation", "banner", "contentinfo"} <= roles
+        named = ("image", "img", "radio", "region", "table", "link", "navigation")
+        assert [item for item in said if item[0] in named and item[0] != "table" and not item[1]] == []
+
+
+def test_a_keyboard_reaches_the_switches_and_shows_where_it_is(run, browser):
+    record = run()
+    page_of(record)
+    browser.open(record.folder / "page.html", 1280)
+    browser.evaluate("document.querySelector('#head1').focus()")
+    for kind in ("rawKeyDown", "keyUp"):
+        facts = {"key": "ArrowRight", "code": "ArrowRight", "windowsVirtualKeyCode": 39}
+        browser.tab("Input.dispatchKeyEvent", {"type": kind, **facts})
+    assert browser.evaluate("document.activeElement.id") == "head2"
+    assert browser.evaluate("document.querySelector('#head2').checked")
+    outline = "getComputedStyle(document.querySelector('label[for=head{}]')).outlineStyle"
+    assert [browser.evaluate(outline.format(head)) for head in (1, 2)] == ["none", "solid"]
 
 
 def test_the_pointer_is_told_the_values(run, browser):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.servers.proxy import Proxy
+
 # one server for all of them
 pytestmark = pytest.mark.xdist_group("mlflow")
 
@@ -18,7 +20,7 @@ def sync(folder, *arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=folder.parent, env=os.environ)
 
 
-def test_a_copy_is_compared_and_told(logged_in, tmp_path):
+def test_a_copy_is_compared_and_told(logged_in, tmp_path, monkeypatch):
     server, folder, volume = logged_in, tmp_path / "models", tmp_path / "volume"
     (folder / "one").mkdir(parents=True)
     (folder / "one" / "weights").write_bytes(b"w" * 1000)
@@ -38,7 +40,12 @@ def test_a_copy_is_compared_and_told(logged_in, tmp_path):
     (volume / "config.json").unlink()
     (volume / "config.json").mkdir()  # where a file is to go
     (volume / "config.json" / "in the way").touch()
-    failed = sync(folder, volume)
+    with Proxy("127.0.0.1", server.port) as proxy:
+        proxy.answer(500, times=9, match="set-tag")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.endpoint)
+        failed = sync(folder, volume)
+        assert proxy.pending < 9
     assert failed.returncode not in (0, 1), failed.stderr
-    assert failed.stderr.startswith("error: ")
+    assert "was not told" in failed.stderr
+    assert "\nerror: " in failed.stderr
     assert sorted(server.query(runs)) == [["FAILED", "False"], ["FINISHED", "True"]]

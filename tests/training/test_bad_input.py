@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import write_every_save
 from wmtp_worker.checkpoint.manifest import Manifest
 from wmtp_worker.cli import main
 from wmtp_worker.host.stop import STOP
+from wmtp_worker.model.loading import load as load_model
 
 PROBLEM = {"task_id": 1, "text": "Say one.", "code": "print(1)", "test_list": ["assert True or 1"]}
 
@@ -20,6 +22,7 @@ def wmtp(capsys, monkeypatch, tmp_path, tiny_settings):
     """Run a command in this process; returns (exit code, what it printed)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WMTP_WORKDIR", str(tmp_path / "work"))
+    write_every_save(monkeypatch)
 
     def run(*arguments: str) -> tuple[int, str]:
         if arguments[0] == "train":
@@ -36,25 +39,6 @@ def wmtp(capsys, monkeypatch, tmp_path, tiny_settings):
         return code, output.out + output.err
 
     return run
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """Mount a file system of so many kilobytes."""
-    mounted = []
-
-    def mount(kilobytes: int) -> Path:
-        folder = tmp_path / "small"
-        folder.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
-        if os.getuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
-            pytest.skip("mounting a small file system needs root")
-        mounted.append(folder)
-        return folder
-
-    yield mount
-    for folder in mounted:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def refused(result: tuple[int, str], *expected: str, code: int = 78) -> None:
@@ -155,6 +139,15 @@ def test_samples_that_do_not_fit(wmtp):
 def test_a_sequence_longer_than_the_model(wmtp, tmp_path, tiny_model_folder):
     result = wmtp("train", "--set", f"model.path={tiny_model_folder}", "--set", "data.sequence_length=2048")
     refused(result, "data.sequence_length=2048", "512")
+
+
+def test_a_policy_of_other_heads_before_a_value_model_is_trained_for_it(wmtp, tmp_path, tiny_model_folder):
+    folder = tmp_path / "of-five"
+    shutil.copytree(tiny_model_folder, folder)
+    load_model(tiny_model_folder, 5).save_pretrained(folder)
+    result = wmtp("train", "--recipe", "critic", "--set", f"model.path={folder}", "--set", "model.heads=2")
+    refused(result, "the model has 5 heads, model.heads is 2", "set model.heads=5")
+    assert not list(tmp_path.glob("work/checkpoints/*/step_*"))
 
 
 def test_a_model_that_is_not_there(wmtp):

@@ -1,5 +1,6 @@
 """A run and its bucket when things go wrong: training goes on, nothing is lost, and the end tells the truth."""
 
+import json
 import threading
 import time
 from urllib.parse import urlsplit
@@ -28,11 +29,18 @@ def s3(s3_server, monkeypatch):
             f"cloud.bucket={proxy.bucket}",
             f"cloud.endpoint_url=http://127.0.0.1:{proxy.port}",
             "cloud.patience=0.5",
-            "cloud.close_seconds=20",
+            "cloud.close_seconds=120",
         )
         proxy.side = lambda workdir: CloudSync(s3_server.cloud(proxy.bucket), workdir).run(RUN)
         yield proxy
-    assert [thread.name for thread in threading.enumerate() if thread.name.startswith(("uploads", "transfer"))] == []
+    deadline = time.monotonic() + 60  # one that hung in the network ends with the proxy, but not at once
+    while (left := ours()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert left == []
+
+
+def ours():
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith(("uploads", "transfer"))]
 
 
 @pytest.fixture
@@ -49,10 +57,14 @@ def published(s3, s3_server, tmp_path):
 def test_a_bucket_that_is_away_all_the_time(s3, tiny_run, run_record, published, tmp_path):
     s3.refuse()
     with pytest.raises(NotSafeError, match="not in the bucket yet: ") as caught:
-        tiny_run(tmp_path / "work", *s3.settings, "cloud.close_seconds=3")
+        tiny_run(tmp_path / "work", *s3.settings, "cloud.close_seconds=3", "tracking.system_seconds=0.01")
     assert caught.value.exit_code == 74
     assert {"step_12", "final.pt"} <= set(caught.value.what.replace(",", " ").replace(";", " ").split())
     assert str(tmp_path / "work") in caught.value.fix
+    measured = RunPaths(tmp_path / "work", RUN).system.read_text().splitlines()
+    lags = [json.loads(line)["checkpoint_lag_steps"] for line in measured]
+    assert lags == sorted(lags)
+    assert lags[-1] > 0
     tiny_run(tmp_path / "reference")
     assert run_record(tmp_path / "work") == run_record(tmp_path / "reference")
 
@@ -69,12 +81,12 @@ def test_a_bucket_that_goes_away_and_comes_back_while_training(s3, tiny_run, pub
 
     step = loop.train_step
 
-    def eventful(session):
+    def eventful(session, prefetcher):
         if session.progress.step == 4:
             s3.refuse()
         if session.progress.step == 10:
             s3.accept()
-        return step(session)
+        return step(session, prefetcher)
 
     monkeypatch.setattr(loop, "train_step", eventful)
     tiny_run(tmp_path / "work", *s3.settings)
@@ -119,10 +131,13 @@ def test_a_stop_saves_and_publishes(s3, tiny_run, published, monkeypatch, tmp_pa
 
     stop, step = StopRequest(), loop.train_step
 
-    def stopping(session):
+    def stopping(session, prefetcher):
         if session.progress.step == 5:
+            deadline = time.monotonic() + 60  # one that still waits would make way for the newer one
+            while published() != [3] and time.monotonic() < deadline:
+                time.sleep(0.05)
             stop.request("SIGTERM")
-        return step(session)
+        return step(session, prefetcher)
 
     monkeypatch.setattr(loop, "train_step", stopping)
     with pytest.raises(Interrupted) as caught:
@@ -136,11 +151,11 @@ def test_a_stop_says_what_is_not_in_the_bucket(s3, tiny_run, monkeypatch, tmp_pa
 
     stop, step = StopRequest(), loop.train_step
 
-    def stopping(session):
+    def stopping(session, prefetcher):
         if session.progress.step == 5:
             s3.refuse()
             stop.request("SIGTERM")
-        return step(session)
+        return step(session, prefetcher)
 
     monkeypatch.setattr(loop, "train_step", stopping)
     with pytest.raises(Interrupted, match="not in the bucket yet: step_5"):
@@ -205,10 +220,10 @@ def test_a_bucket_that_was_not_seen_is_not_changed(s3, tiny_run, published, monk
     before = work(side.store)
     step = loop.train_step
 
-    def eventful(session):
+    def eventful(session, prefetcher):
         if session.progress.step == 2:
             s3.accept()
-        return step(session)
+        return step(session, prefetcher)
 
     monkeypatch.setattr(loop, "train_step", eventful)
     s3.refuse()
@@ -258,7 +273,7 @@ def test_a_stop_ends_the_wait_for_a_stalled_bucket(s3, tiny_run, tmp_path):
     started = time.monotonic()
     with pytest.raises(Interrupted):
         tiny_run(tmp_path / "work", *s3.settings, stop=stop)
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 50  # a silent server is given a minute
     s3.heal()
 
 

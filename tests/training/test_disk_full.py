@@ -1,6 +1,5 @@
 """A disk that fills up while a run trains: the training never ends for it, and the end says what is missing."""
 
-import subprocess
 import sys
 from contextlib import suppress
 
@@ -12,23 +11,6 @@ from wmtp_worker.errors import DiskFullError, Interrupted
 from wmtp_worker.host.stop import StopRequest
 from wmtp_worker.storage.layout import RunPaths
 from wmtp_worker.tracking.metrics import read
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """Mount a file system of so many kilobytes, or give the one that is there another size."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-
-    def mount(kilobytes):
-        options = f"{'remount,' if folder.is_mount() else ''}size={kilobytes}k"
-        if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True).returncode:
-            pytest.skip("mounting a file system is not allowed here")
-        return folder
-
-    yield mount
-    if folder.is_mount():
-        subprocess.run(["umount", "-l", folder], check=True)
 
 
 def test_the_training_goes_on(small_disk, tiny_run, tmp_path):

@@ -17,10 +17,10 @@ def stopped(tiny_run, tmp_path, monkeypatch):
     """`stopped()` trains five steps, is asked to stop, and returns the error that it ends with."""
     stop, step = StopRequest(), loop.train_step
 
-    def stopping(session):
+    def stopping(session, prefetcher):
         if session.progress.step == 5:
             stop.request("SIGTERM")
-        return step(session)
+        return step(session, prefetcher)
 
     monkeypatch.setattr(loop, "train_step", stopping)
 

@@ -174,6 +174,16 @@ def test_grpo_with_kl_takes_off_what_departs_from_the_reference():
     assert memory.moments["kl"].total == pytest.approx(math.exp(-1))
 
 
+def test_grpo_takes_nothing_off_in_further_heads_which_see_less_than_the_reference():
+    batch = make_batch(advantage=tokens(*[1.0] * 10), reference_loss=tokens(*[0.5] * 10))
+    weighting, memory = settings("grpo", "grpo.kl=0.5", "min=0.01", "max=100"), Memory(0.9, 0)
+    found = raw(weighting, make_head(batch, 2, torch.full((1, 10), 4.0)), memory)
+    weighed = [weight for weight in found if weight]
+    assert weighed == pytest.approx([math.e] * len(weighed))
+    assert len(weighed) > 3
+    assert "kl" not in memory.moments
+
+
 def test_averages_take_in_what_was_asked_for_and_survive_json():
     memory = Memory(0.9, 0)
     memory.note("only_logged", Moments(1, 1.0, 1.0))

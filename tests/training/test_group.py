@@ -45,11 +45,19 @@ def stop_after_the_same_step(group, told):
 def wait(group, workdir):
     ticks = []
     if group.first:
-        time.sleep(0.5)
+        end = time.monotonic() + 60
+        while not (workdir / "ticked").exists() and time.monotonic() < end:
+            time.sleep(0.01)
         (workdir / "fetched").touch()
         group.after_first("fetch")
     else:
-        group.after_first("fetch", lambda: ticks.append(1))
+
+        def tick():
+            ticks.append(1)
+            if len(ticks) == 3:
+                (workdir / "ticked").touch()
+
+        group.after_first("fetch", tick)
         assert (workdir / "fetched").exists()
         assert len(ticks) >= 3
 

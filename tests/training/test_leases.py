@@ -62,17 +62,17 @@ def test_a_worker_whose_run_is_taken_ends_with_79(bucket, onlooker, tiny_run, mo
 
     step = loop.train_step
 
-    def eventful(session):
+    def eventful(session, prefetcher):
         if session.progress.step == 5:
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 60
             while onlooker.run(RUN).published_steps() != [3] and time.monotonic() < deadline:
                 time.sleep(0.05)
             take(onlooker)
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 60
             while time.monotonic() < deadline:
                 session.bucket.check()
                 time.sleep(0.05)
-        return step(session)
+        return step(session, prefetcher)
 
     monkeypatch.setattr(loop, "train_step", eventful)
     with pytest.raises(RunHeldError, match=r"taken over by pid .* \(epoch 2\)"):

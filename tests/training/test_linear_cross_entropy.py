@@ -1,6 +1,7 @@
 """Cross-entropy in chunks against whole logits."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests.weighting.reference import gradient_of_cross_entropy, norm
 from wmtp_worker.data.packing import IGNORE
-from wmtp_worker.training.linear_cross_entropy import PLAIN, LinearCrossEntropy, LossForm
+from wmtp_worker.training.linear_cross_entropy import PLAIN, LinearCrossEntropy, LossForm, _WeightedSum
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -107,6 +108,30 @@ def test_lower_precision_is_as_close_as_its_matrix_products(dtype, rtol, look):
         assert float((one - other).norm()) < rtol * float(other.norm())
 
 
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=["fp32", "bf16 autocast"])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_results_equal_those_of_whole_logits(mask, precision):
+    hidden, matrix, targets, _ = draw(torch.float32)
+    targets[0, 4] = F.linear(hidden, matrix)[0, 4].argmax()
+    targets = mask(targets)
+    with torch.autocast("cpu", precision, enabled=precision == torch.bfloat16):
+        plain, _ = whole(hidden, matrix, targets)
+        likeliest = F.linear(hidden, matrix).argmax(-1)
+        with Widest() as widest:
+            found = LinearCrossEntropy(hidden, matrix, targets, chunk=4).results()
+    torch.testing.assert_close(found.cross_entropy, plain.detach())
+    assert torch.equal(found.right, likeliest == targets)
+    assert not found.cross_entropy.requires_grad
+    assert widest.products == -(-int((targets != IGNORE).sum()) // 4)  # no gradients
+
+
+def test_results_of_equally_likely_tokens():
+    """The first one counts as the likeliest."""
+    loss = LinearCrossEntropy(torch.ones(2, 1), torch.zeros(5, 1), torch.tensor([0, 4]))
+    assert loss.results().right.tolist() == [True, False]
+    assert loss.results().cross_entropy.tolist() == pytest.approx([math.log(5)] * 2)
+
+
 def test_the_objective_by_hand():
     """Two logits 0 and ln 3: p = (1/4, 3/4), Z = 4; the label is the first."""
     hidden, matrix = torch.tensor([[1.0]]), torch.tensor([[0.0], [math.log(3)]], requires_grad=True)
@@ -158,6 +183,14 @@ def test_a_factor_that_would_come_too_late_is_refused():
     found, _ = LinearCrossEntropy(hidden, matrix, targets).weighted_sum(weights, into=torch.zeros_like(matrix))
     with pytest.raises(ValueError, match=r"cannot be multiplied by 0\.5"):
         (found / 2).backward()
+
+
+def test_the_backward_pass_does_not_ask_the_device():
+    # on meta nothing can be asked; on a GPU it can, and the whole queue is waited for
+    gradient = torch.empty(3, 4, device="meta")
+    context = SimpleNamespace(saved_tensors=(gradient, None), once=True, dtype=torch.float32)
+    factor = torch.ones((), device="meta")
+    assert _WeightedSum.backward(context, factor, factor)[0].shape == gradient.shape
 
 
 def test_a_frozen_unembedding_gets_no_gradient():

@@ -16,10 +16,10 @@ from transformers import LlamaConfig
 
 from wmtp_worker.data.packing import IGNORE, Batch, collate
 from wmtp_worker.data.tokenizer import Sample
-from wmtp_worker.model.mtp import MTPForCausalLM, packed_attention_mask
+from wmtp_worker.model.mtp import MTPForCausalLM, checkpoint_activations, packed_attention_mask
 from wmtp_worker.settings import load
 from wmtp_worker.training.linear_cross_entropy import CHUNK, LossForm, TokenLosses
-from wmtp_worker.training.loss import Head, head_losses_backward, mtp_labels
+from wmtp_worker.training.loss import Head, autocast, head_losses_backward, mtp_labels
 from wmtp_worker.training.weights import Weighter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -235,7 +235,7 @@ def test_weights_are_asked_for_head_by_head_with_what_the_head_made(precision):
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("heads", [1, 2, 4, 8])
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [
@@ -333,6 +333,39 @@ def test_bf16_is_close_and_leaves_weights_and_gradients_in_fp32(tied):
         assert float(gradient.norm() / whole[name].norm()) == pytest.approx(1, abs=0.1), name
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_bf16_is_as_close_to_the_truth_as_the_formula_written_down_whole_in_bf16(tied):
+    batch = collate(four_rows(), ROW, pad_id=0)
+    weights = torch.rand(4, ROW, 4, generator=torch.Generator().manual_seed(3)) * 3
+    exact, naive, one = (make_model(4, tied) for _ in range(3))
+    stacked(exact, batch, weights)
+    with autocast(torch.device("cpu"), "bf16"):
+        stacked(naive, batch, weights)
+    backward(one, four_rows(), weights, precision="bf16")
+    truth, theirs = gradients(exact), gradients(naive)
+    for name, gradient in gradients(one).items():
+        assert (gradient - truth[name]).norm() < 1.3 * (theirs[name] - truth[name]).norm(), name
+        assert (gradient - theirs[name]).norm() < 0.03 * theirs[name].norm(), name
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_backward_passes_are_deterministic_where_the_training_is():
+    seen = []
+    model = make_model(2)
+    for parameter in (model.model.norm.weight, next(model.model.layers[0].parameters())):
+        parameter.register_hook(lambda _: seen.append(torch.get_deterministic_debug_mode()))
+    backward(model, four_rows())
+    assert set(seen) == {0}
+    seen.clear()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        backward(model, four_rows())
+        assert torch.get_deterministic_debug_mode() == 1
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert set(seen) == {2}  # raises instead of warning
+
+
 def test_logits_never_exist_as_a_whole():
     """Twice as many tokens as are looked at together."""
     model = make_model(2)
@@ -362,7 +395,7 @@ class Logits(TorchDispatchMode):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_checkpointed_activations_change_no_bit(precision):
     one, other, calls = make_model(3), make_model(3), []
-    other.activation_checkpointing_enable()
+    checkpoint_activations(other)
     other.train()
     for layer in (other.model.layers[0], other.extra_heads[1]):
         layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))

@@ -10,9 +10,13 @@ import torch
 from safetensors.torch import load_file
 
 from tests.training.stopping import StopAfter
+from wmtp_worker.checkpoint.manifest import read_manifest
 from wmtp_worker.errors import CheckpointError, InputError, Interrupted, RunHeldError, TrainingDiverged
+from wmtp_worker.settings.schema import UNNAMED
 from wmtp_worker.storage.layout import RunPaths
+from wmtp_worker.storage.seal import file_entry
 from wmtp_worker.tracking.metrics import read
+from wmtp_worker.training.session import SETTINGS
 
 
 @pytest.fixture
@@ -237,6 +241,21 @@ def test_other_settings_are_named(override, key, tiny_run, tmp_path):
         tiny_run(tmp_path, override)
 
 
+def test_a_checkpoint_from_before_a_setting_goes_on(tiny_run, tmp_path, paths):
+    tiny_run(tmp_path)
+    folder = paths.step(12)
+    settings = json.loads((folder / SETTINGS).read_text())
+    for key in UNNAMED:
+        del settings["identity"][key]
+    (folder / SETTINGS).write_text(json.dumps(settings))
+    manifest = read_manifest(folder)
+    files = {**manifest.files, SETTINGS: file_entry(folder / SETTINGS)}
+    manifest.model_copy(update={"files": files}).write(folder)
+    assert tiny_run(tmp_path, "training.max_steps=13", "run.accept_changes=training.max_steps").resumed_from == 12
+    with pytest.raises(InputError, match=r"training\.moments: 'fp32' in the checkpoint, 'bf16' now"):
+        tiny_run(tmp_path, "training.moments=bf16", resume=12)
+
+
 def test_other_data_is_named(tiny_run, tmp_path):
     tiny_run(tmp_path)
     folder = tmp_path / "datasets" / "mine"
@@ -292,8 +311,10 @@ def test_two_workers_never_train_one_run(tiny_run, tmp_path, paths):
 
 def test_nan_stops_before_it_reaches_the_weights(tiny_run, tmp_path, paths):
     # a learning rate that blows up within a few steps
+    settings = ("training.lr=1e30", "training.grad_clip=0", "checkpoint.every=1", "training.warmup_steps=0")
     with pytest.raises(TrainingDiverged, match=r"the last good checkpoint: ") as error:
-        tiny_run(tmp_path, "training.lr=1e30", "training.grad_clip=0", "checkpoint.every=1", "training.warmup_steps=0")
+        tiny_run(tmp_path, *settings, report=True)
+    assert "Ended with an error at step" in paths.record.report.read_text()
     assert error.value.exit_code == 78
     newest = paths.step(steps(paths)[-1])
     assert str(newest) in error.value.what

@@ -28,9 +28,9 @@ def settings(tmp_path, tiny_settings):
     bucket = ("cloud.provider=local", f"cloud.bucket={tmp_path}/disk/bucket", "cloud.patience=0.2")
     overrides = [*tiny_settings, *bucket, "training.max_steps=100"]
 
-    def make(name="here", resume="auto"):
+    def make(name="here", resume="auto", *more):
         options = {"run.name": RUN, "run.workdir": str(tmp_path / name), "run.resume": resume}
-        return load(overrides=overrides, options=options, environ={})
+        return load(overrides=[*overrides, *more], options=options, environ={})
 
     return make
 
@@ -40,8 +40,8 @@ def machine(settings):
     """`machine(name, resume)`: the `RunBucket` of a process there."""
     opened = []
 
-    def make(name="here", resume="auto", stop=None, tick=lambda: None):
-        chosen = settings(name, resume)
+    def make(name="here", resume="auto", *more, stop=None, tick=lambda: None):
+        chosen = settings(name, resume, *more)
         stop = stop or StopRequest()
         paths = RunPaths(chosen.run.workdir, RUN)
         paths.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def publish(bucket, *steps):
     for step in steps:
         checkpoint(bucket, step)
         bucket.saved(step)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while bucket.unpublished and time.monotonic() < deadline:
             time.sleep(0.005)
     assert bucket.close() == {}
@@ -96,6 +96,17 @@ def lease_of(cloud):
 
 def keys(cloud, prefix=""):
     return [info.key for info in cloud.store.list(prefix)]
+
+
+def test_another_runs_value_model_is_in_the_bucket_alone(machine, onlooker):
+    onlooker.store.put("checkpoints/mine-value/final.pt", b"values")
+    critic = ("weighting.family=critic", "weighting.critic.value=mine-value", "data.solutions=all")
+    for _ in range(2):
+        bucket = machine("new", "auto", *critic)
+        begin(bucket)
+        assert bucket.close() == {}
+        assert RunPaths(bucket._paths.workdir, "mine-value").final.read_bytes() == b"values"
+        onlooker.store.delete("checkpoints/mine-value/final.pt")  # what is here is not asked for again
 
 
 def test_a_fresh_start_does_not_bury_what_the_bucket_has(machine, onlooker, tiny_run, tmp_path, caplog):
@@ -184,14 +195,14 @@ def test_who_may_not_set_aside_is_told_before_the_training(machine, monkeypatch)
 def test_a_stop_is_heeded_while_steps_are_set_aside(machine, monkeypatch):
     stop, beats, ended = StopRequest(), [], threading.Event()
     monkeypatch.setattr(errands, "_GRACE_SECONDS", 0.1)
-    bucket = machine("here", "never", stop, lambda: beats.append(1))
+    bucket = machine("here", "never", stop=stop, tick=lambda: beats.append(1))
     bucket.fetch()
     bucket.wait_for_checkpoint()
     beats.clear()
 
     def hanging(side, step):
         stop.request("test")
-        ended.wait(20)
+        ended.wait(60)
         return []
 
     monkeypatch.setattr(RunSync, "set_aside_after", hanging)
@@ -199,7 +210,7 @@ def test_a_stop_is_heeded_while_steps_are_set_aside(machine, monkeypatch):
     try:
         with pytest.raises(Interrupted):
             bucket.restored(0)
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 30
         assert beats
     finally:
         ended.set()
@@ -256,9 +267,9 @@ def test_the_lease_is_released_within_the_time_to_close(machine, onlooker):
 
     queue.submit("checkpoint", "step_3", endless)
     started = time.monotonic()
-    assert list(bucket.close(seconds=2.0)) == ["step_3"]
+    assert list(bucket.close(seconds=8.0)) == ["step_3"]
     assert bucket.unpublished == {3}  # it stays on the disk
-    assert ended[0] - started < 2.0
+    assert ended[0] - started < 8.0
     assert lease_of(onlooker).released
 
 

@@ -1,5 +1,6 @@
 """What a run does about its saves, apart from the loop: what is counted, and what an error behind it means."""
 
+import threading
 import time
 
 import pytest
@@ -114,15 +115,20 @@ def test_a_best_model_that_is_older_than_the_checkpoint_says_is_found_anew(tiny_
 
 
 def test_what_is_still_being_written_counts_in_an_emergency(make, paths, monkeypatch):
-    asked = {}
+    asked, planned = {}, threading.Event()
     write, choose = store.write, saving_module.choose
 
     def slowly(*arguments, **options):
-        time.sleep(0.2)
+        planned.wait(60)
         return write(*arguments, **options)
 
+    def plan(**facts):
+        asked.update(facts)
+        planned.set()
+        return choose(**facts)
+
     monkeypatch.setattr(store, "write", slowly)
-    monkeypatch.setattr(saving_module, "choose", lambda **facts: asked.update(facts) or choose(**facts))
+    monkeypatch.setattr(saving_module, "choose", plan)
     with make("checkpoint.buffers=1") as saving:
         saving.save(lambda: snapshot(1))
         saving.gate()

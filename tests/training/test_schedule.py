@@ -24,6 +24,8 @@ def training(**changes: float) -> TrainingSettings:
         "eps": 1e-8,
         "grad_clip": 1.0,
         "precision": "fp32",
+        "moments": "fp32",
+        "compile": "none",
         "label_smoothing": 0.0,
         "z_loss": 0.0,
         "checkpoint_activations": "none",

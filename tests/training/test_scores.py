@@ -354,3 +354,19 @@ def test_whoever_learns_from_wrong_solutions_is_told(tmp_path, caplog):
         found, digests = add_columns(chosen, data(), POLICY, scorer(chosen))
     assert "incorrect solutions are learned like correct ones" in caplog.text
     assert (found.columns, digests) == ({}, {})
+
+
+@pytest.mark.parametrize(
+    ("family", "control", "told"),
+    [
+        ("uniform", "shuffled", 1),
+        ("uniform", "random_matched", 1),
+        ("grpo", "shuffled", 1),
+        ("grpo", "random_matched", 0),
+    ],
+)
+def test_a_control_that_changes_nothing_is_said_to(family, control, told, tmp_path, caplog):
+    chosen = settings(tmp_path, f"weighting.family={family}", f"weighting.control={control}")
+    with caplog.at_level(logging.WARNING, "wmtp_worker"):
+        add_columns(chosen, data(), POLICY, scorer(chosen))
+    assert caplog.text.count(f"weighting.control={control} changes nothing") == told

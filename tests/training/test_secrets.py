@@ -35,7 +35,8 @@ def test_no_secret_is_written_anywhere(provider, refused, request, tiny_settings
     environ = server.wrong_environ if refused else server.environ
     planted = secrets(environ)
     assert planted
-    variables = {**server.variables(server.make_bucket(), patience=1), **environ, "WMTP_LOGGING__LEVEL": "debug"}
+    patience = 1 if refused else 60
+    variables = {**server.variables(server.make_bucket(), patience=patience), **environ, "WMTP_LOGGING__LEVEL": "debug"}
     workdir, output = tmp_path / "work", tmp_path / "output.txt"
     workdir.mkdir()
     settings = (*tiny_settings, "training.max_steps=3")

@@ -1,9 +1,10 @@
 """Whole runs of several processes against the same run of one, whichever number of them it was begun and ended with."""
 
+import contextlib
 import io
+import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from rich.console import Console
 
 from tests.conftest import TINY, TINY_RUN
 from tests.ranks import apart
+from tests.servers.processes import free_ports
 from wmtp_worker.checkpoint.restore import find
 from wmtp_worker.checkpoint.snapshot import MODEL, OPTIMIZER
 from wmtp_worker.errors import AGAIN, DONE, Interrupted, SettingsError
@@ -24,7 +26,7 @@ from wmtp_worker.storage.layout import RunPaths
 from wmtp_worker.tracking.metrics import read
 
 OURS = ("training.accumulation=4", "evaluation.max_batches=3", "checkpoint.keep_last=20", "cloud.provider=local")
-SECONDS = 240
+SECONDS = 400
 CLOCK = ("seconds", "wait", "time")
 
 
@@ -43,26 +45,34 @@ class StopAt(StopRequest):
         return super().requested
 
 
-def train(workdir, *overrides, stop=None):
-    """A run in this process, alone or as one rank of a group."""
+def train(workdir, *overrides, model=None, stop=None):
+    """A run in this process, alone or as one rank of a group; of a new model, or of one on the disk."""
     from wmtp_worker.training import run
 
+    tiny = TINY
+    if model is not None:  # which has a shape of its own
+        tiny = (*(text for text in TINY if not text.startswith("model.")), f"model.path={model}", "model.heads=2")
     settings = load(
-        overrides=[*TINY, *OURS, *overrides],
+        overrides=[*tiny, *OURS, *overrides],
         options={"run.name": TINY_RUN, "run.workdir": str(workdir)},
         environ={},
     )
     return run.run(settings, stop or StopRequest(), Console(file=io.StringIO()))
 
 
-def every_way(rank, world, workdir, ports):
+# adapters on a model on the disk, weights that several processes have to agree on
+FAMILY = ("weighting.family=gradient", "weighting.control=shuffled", "lora.rank=2", "lora.dropout=0.2",
+          "weighting.warmup=2", "training.max_steps=4", "training.lr=1e-4")  # fmt: skip
+
+
+def every_way(rank, world, workdir, ports, model):
     ports = iter(ports)
 
-    def train_here(folder, *overrides, stop_rank=None, looks=0):
+    def train_here(folder, *overrides, model=None, stop_rank=None, looks=0):
         os.environ["MASTER_PORT"] = str(next(ports))  # the one before may still be held by what is over
         stop = StopAt(looks) if rank == stop_rank else StopRequest()
         if stop_rank is None:
-            assert (train(workdir / folder, *overrides, stop=stop) is None) == (rank > 0)
+            assert (train(workdir / folder, *overrides, model=model, stop=stop) is None) == (rank > 0)
             return
         with pytest.raises(Interrupted):
             train(workdir / folder, *overrides, stop=stop)
@@ -78,20 +88,9 @@ def every_way(rank, world, workdir, ports):
     # one process goes on from this, and ends what one process began
     train_here("shards-one", shards, stop_rank=0, looks=9)
     train_here("one-shards", shards)
-    families = ("weighting.family=gradient", "weighting.control=shuffled", "lora.rank=2", "lora.dropout=0.2")
-    train_here("family", *families, "weighting.warmup=2", "training.max_steps=4", "training.lr=1e-4")
+    train_here("family", *FAMILY, model=model)
     with pytest.raises(SettingsError, match=r"cannot be shared by 2 processes .* set training.accumulation=4"):
         train_here("odd", "training.accumulation=3")
-
-
-def free_ports(count):
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 def content(workdir):
@@ -124,13 +123,12 @@ def nearly_the_same(one, other):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
-def test_a_run_is_the_same_on_one_and_two_ranks_and_in_between(tmp_path):
+def test_a_run_is_the_same_on_one_and_two_ranks_and_in_between(tmp_path, tiny_model_folder):
     train(tmp_path / "one")
     with pytest.raises(Interrupted):
         train(tmp_path / "one-shards", stop=StopAt(20))
-    families = ("weighting.family=gradient", "weighting.control=shuffled", "lora.rank=2", "lora.dropout=0.2")
-    train(tmp_path / "family-one", *families, "weighting.warmup=2", "training.max_steps=4", "training.lr=1e-4")
-    apart(2, every_way, tmp_path, free_ports(12))
+    train(tmp_path / "family-one", *FAMILY, model=tiny_model_folder)
+    apart(2, every_way, tmp_path, free_ports(12), tiny_model_folder)
     train(tmp_path / "shards-one")
 
     one = content(tmp_path / "one")
@@ -142,6 +140,40 @@ def test_a_run_is_the_same_on_one_and_two_ranks_and_in_between(tmp_path):
     shards = find(RunPaths(tmp_path / "shards", TINY_RUN), "auto")
     assert shards.manifest.world_size == 2
     assert sum(name.startswith(MODEL.split(".")[0]) for name in shards.manifest.files) == 2
+
+
+# everything that makes a step smaller, at once
+LEAN = (
+    "training.precision=bf16",
+    "training.moments=bf16",
+    "training.checkpoint_activations=full",
+    "training.max_steps=4",
+    "evaluation.every=2",
+    "evaluation.max_batches=1",
+    "checkpoint.every=1",
+)
+
+
+def four_ranks(rank, world, workdir, ports, model):
+    for port, shards in zip(ports, (2, world), strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        first = shards == 2
+        with pytest.raises(Interrupted) if first else contextlib.nullcontext():
+            stop = StopAt(4) if first and rank == 3 else None
+            train(workdir, *LEAN, f"parallel.shards={shards}", model=model, stop=stop)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_four_ranks_in_bf16_that_recompute_end_where_one_process_does(tmp_path, tiny_model_folder):
+    """Two copies in two shards, then one in four, of a model on the disk."""
+    train(tmp_path / "one", *LEAN, model=tiny_model_folder)
+    apart(4, four_ranks, tmp_path / "four", free_ports(2), tiny_model_folder)
+    one, four = content(tmp_path / "one"), content(tmp_path / "four")
+    checkpoints = sorted(RunPaths(tmp_path / "four", TINY_RUN).checkpoints.glob("step_*/manifest.json"))
+    assert json.loads(checkpoints[-1].read_text())["world_size"] == 4
+    assert {value.dtype for name, value in four[1].items() if "exp_avg" in name} == {torch.bfloat16}
+    nearly_the_same(one, four)
 
 
 def children(pid):
@@ -157,6 +189,7 @@ def wait_for_step(paths, step, process):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_a_lost_rank_a_signal_and_torchrun(tmp_path):
     paths = RunPaths(tmp_path / "several", TINY_RUN)

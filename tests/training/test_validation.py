@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from tests.planning.live import Live
 from wmtp_worker.data.packing import Batch, collate
 from wmtp_worker.data.tokenizer import Sample
 from wmtp_worker.errors import Interrupted
@@ -90,6 +91,18 @@ def test_numbers_equal_a_slow_count(rows_each):
     assert 0 < result.head_accuracy[0] < 1
     assert result.loss == pytest.approx(sum(loss) / 3, rel=1e-5)
     assert result.perplexity == pytest.approx(math.exp(loss[0]), rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_logits_never_exist_as_a_whole(precision):
+    model = make_model(vocab_size=40_000, hidden_size=8, num_attention_heads=1, num_key_value_heads=1)
+    model.config.max_position_embeddings = 1200
+    [batch] = [collate([[sample([1 + number % 9 for number in range(1100)], 1)]], 1100, pad_id=0)]
+    with Live(*model.parameters()) as live:
+        run(model, [batch], precision)
+    # 512 tokens at once, of 1,100
+    logits = (2 if precision == "bf16" else 4) * 40_000
+    assert 512 * logits < live.peak < 1.2 * 512 * logits
 
 
 def test_model_that_knows_nothing_by_hand():

@@ -16,8 +16,9 @@ from wmtp_worker.model.value import value_from
 from wmtp_worker.settings import load
 from wmtp_worker.training.families import REWARD
 from wmtp_worker.training.group import Group
+from wmtp_worker.training.objective import bradley_terry, states
 from wmtp_worker.training.quality import calibration_error, explained_variance, quality, reliability
-from wmtp_worker.training.values import Exam, ValueTask, bradley_terry, states
+from wmtp_worker.training.values import Exam, ValueTask
 from wmtp_worker.weighting.spans import last_tokens
 from wmtp_worker.weighting.statistics import Moments
 

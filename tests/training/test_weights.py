@@ -159,11 +159,10 @@ def test_what_is_told():
 
 def test_weights_that_are_all_zero_are_an_error_before_the_policy_runs():
     batch = make_batch()
-    batch.columns["advantage"].fill_(-3)
-    made = weighter("grpo", "min=0", "grpo.beta=1e-3")
-    with pytest.raises(
-        InputError, match=r"nothing could be learned: .* weighting.family=grpo\) -> raise weighting.min"
-    ):
+    batch.columns["reward"].fill_(-3)
+    made = weighter("critic", "min=0", "critic.beta=1e-3", "critic.whiten=none")
+    said = r"nothing could be learned: .* weighting.family=critic\) -> raise weighting.min"
+    with pytest.raises(InputError, match=said):
         made.begin(0, [batch], [targets_of(batch)])
 
 

@@ -59,6 +59,13 @@ def test_random_weights_do_not_know_the_base_position():
     assert abs(float(torch.corrcoef(both)[0, 1])) < 0.06
 
 
+def test_random_weights_are_not_all_zero_where_the_base_is_not():
+    base, labelled = torch.zeros(1, 20, 1), torch.ones(1, 20, 1, dtype=torch.bool)
+    assert random_matched.weights(base, labelled, generator()).sum() == 0
+    base[0, 7] = 1
+    assert all(random_matched.weights(base, labelled, generator(seed)).any() for seed in range(50))
+
+
 def test_no_label_no_weight():
     nothing = torch.zeros(1, 4, 2, dtype=torch.bool)
     base = torch.ones(1, 4, 2)

@@ -40,6 +40,16 @@ def test_kl_by_hand():
     assert found.tolist() == pytest.approx([math.exp(-1), 0.0])
 
 
+def test_kl_against_the_slow_reference():
+    generator = torch.Generator().manual_seed(1)
+    policy, reference = (torch.rand(20, generator=generator) * 4 for _ in range(2))
+    expected = []
+    for ours, theirs in zip(policy.tolist(), reference.tolist(), strict=True):
+        ratio = math.exp(-theirs) / math.exp(-ours)  # π_ref / π
+        expected.append(ratio - 1 - math.log(ratio))
+    assert grpo.kl_penalty(policy, reference).tolist() == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
 def test_kl_is_never_negative_nor_infinite():
     found = grpo.kl_penalty(torch.tensor([0.0, 1e9, 3.0]), torch.tensor([1e9, 0.0, 3.1]))
     assert torch.isfinite(found).all()

@@ -34,6 +34,9 @@ FAMILIES = {
         score, labelled, sequences(segments), 0.7, -1.0
     ),
     "rho1_tokenskip": lambda score, labelled, segments: rho1_tokenskip.weights(score, labelled, 0.6),
+    "grpo": lambda score, labelled, segments: critic.exponential(
+        score - 0.1 * grpo.kl_penalty(score, score.detach().float() / 2), labelled, 0.5, 0.1, 10.0
+    ),
     "gradient": lambda score, labelled, segments: gradient.weights(score.abs(), labelled, 0.5, 0.2, 3.0),
     "shuffled": lambda score, labelled, segments: shuffled.weights(
         score.abs().where(labelled, 0), labelled, sequences(segments), torch.Generator().manual_seed(1)

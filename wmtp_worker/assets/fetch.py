@@ -18,6 +18,7 @@ from wmtp_worker.errors import ExhaustedError, InputError, Interrupted
 from wmtp_worker.settings import Settings
 from wmtp_worker.storage.atomic import PARTIAL_PREFIX, disk_errors, fsync_path, publish
 from wmtp_worker.storage.layout import AssetKind, asset_dir, asset_name, asset_prefix, is_hub_name
+from wmtp_worker.storage.objects import ObjectStore
 from wmtp_worker.storage.seal import Seal, seal_folder
 from wmtp_worker.storage.sealed import pull_sealed, read_seal
 from wmtp_worker.storage.transfer import Progress, Transfer
@@ -67,6 +68,13 @@ class Asset:
         alone = TOKENIZER_SUFFIX if self.wanted == "tokenizer" else ""
         return next((path for path in candidates(workdir, self.name, self.kind, alone) if os.path.exists(path)), None)
 
+    def published(self, store: ObjectStore) -> str | None:
+        """Its address in the bucket, None where nothing is there. Raises `StorageError`."""
+        if self.folder is None:
+            return None
+        prefix = asset_prefix(self.kind, self.folder)
+        return None if next(iter(store.list(prefix)), None) is None else f"{store.url}/{prefix}"
+
 
 def fetch(
     settings: Settings, transfer: Transfer | None, check: Callable[[], None], progress: Progress | None = None
@@ -81,7 +89,7 @@ def fetch(
     `ExhaustedError` is only a warning where the hub has it; `IntegrityError`, `DiskFullError`.
     """
     workdir = settings.run.workdir
-    missing = [asset for asset in _assets(settings) if asset.folder is not None and asset.local(workdir) is None]
+    missing = [asset for asset in wanted_assets(settings) if asset.folder is not None and asset.local(workdir) is None]
     if not missing:
         return []
     failed = threading.Event()
@@ -101,7 +109,8 @@ def fetch(
         return [found for job in jobs if (found := job.result()) is not None]
 
 
-def _assets(settings: Settings) -> Iterator[Asset]:
+def wanted_assets(settings: Settings) -> Iterator[Asset]:
+    """Every model, tokenizer and data set that the run needs, by name or path, each once; not what is packaged."""
     model, tokenizer, dataset = settings.model.path, settings.model.tokenizer, settings.data.dataset
     weighting = settings.weighting
     models = {"model.path": model}
@@ -109,7 +118,7 @@ def _assets(settings: Settings) -> Iterator[Asset]:
         models["value.backbone"] = settings.value.backbone
     elif weighting.needs_reference:
         models["weighting.reference"] = weighting.reference
-    elif weighting.needs_reward_model:
+    if weighting.needs_reward_model:  # the first stage checks it for the second
         models["weighting.critic.reward_model"] = weighting.critic.reward_model
     by_name = {name: key for key, name in reversed(models.items()) if name is not None}  # one fetch of each
     for name, key in by_name.items():

@@ -52,6 +52,15 @@ def backbone_folder(settings: Settings) -> Path | None:
     return _model(settings, "value.backbone", settings.value.backbone)
 
 
+def missing_value_run(settings: Settings) -> RunPaths | None:
+    """The run whose `final.pt` `weighting.critic.value` names, where that is not here."""
+    wanted = settings.weighting.critic.value
+    if settings.weighting.family != "critic" or wanted is None or not RUN_NAME.fullmatch(wanted):
+        return None
+    run = RunPaths(settings.run.workdir, wanted)
+    return None if run.final.exists() or os.path.exists(wanted) else run
+
+
 def value_weights(settings: Settings) -> Path | None:
     """The file that `weighting.critic.value` means, None where the family has no value model.
 

@@ -149,6 +149,12 @@ def process_age() -> float:
         return 0.0
 
 
+def newest_end(events: Sequence[Event]) -> End | None:
+    """How the newest process ended, whatever it saved after that; None while it has not, or where it was killed."""
+    newest = next((event for event in reversed(events) if isinstance(event, Start | End)), None)
+    return newest if isinstance(newest, End) else None
+
+
 class Ledger:
     """The ledger of a run, and this process's lines in it. Only the holder of the run's lock may have one."""
 
@@ -240,6 +246,12 @@ class Ledger:
             detail=detail,
         )
         self._append(line)
+
+    @property
+    def ended(self) -> How | None:
+        """How this process ended; None while it has not."""
+        end = newest_end(self.events) if self._ended else None
+        return end.how if end else None
 
     def _append(self, event: Event) -> None:
         """One write to the end of the file: a line is there whole, or torn at the very end by a crash."""

@@ -50,6 +50,8 @@ class Losses:
     restart_gpu_seconds: float = 0.0
     save_gpu_seconds: float = 0.0
     money: float | None = None  # of all three; None where no price is known
+    cost: float | None = None  # of all the running, each process at its own price; None where no price is known
+    unpriced: int = 0  # processes that the cost leaves out
     history: History = field(default_factory=History)  # for the interval between saves
 
     @property
@@ -192,6 +194,8 @@ def summarise(events: Iterable[Event], now: float | None = None) -> Losses:
         restart_gpu_seconds=restarts,
         save_gpu_seconds=sum(pause * start.gpus for pause, start in pauses),
         money=sum(known) if known else None,
+        cost=_money([(process.seconds, process.start) for process in processes]),
+        unpriced=sum(process.start.price_per_hour is None for process in processes),
         history=_history(processes, interruptions),
     )
 

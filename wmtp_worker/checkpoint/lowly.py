@@ -24,7 +24,9 @@ def step_back() -> None:
     if sys.platform != "linux":  # elsewhere it would be the whole process
         return
     try:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+        thread = threading.get_native_id()
+        # never a higher one than the whole process was given
+        os.setpriority(os.PRIO_PROCESS, thread, max(_NICE, os.getpriority(os.PRIO_PROCESS, thread)))
     except OSError as error:
         log.debug("the priority of %s stays as it is: %s", threading.current_thread().name, error)
 

@@ -202,6 +202,12 @@ def _dtype(name: str) -> torch.dtype:
     return dtype
 
 
+def copy_own(target: torch.Tensor, whole: torch.Tensor) -> None:
+    """Copy a tensor, or of it the slice that lies on this rank, into a target of its shape, sharded or not."""
+    local, offset = _local(target) if is_sharded(target) else (target.detach(), [0] * target.ndim)
+    local.copy_(whole[tuple(slice(begin, begin + size) for begin, size in zip(offset, local.shape, strict=True))])
+
+
 def _copy_overlap(saved: Any, piece: _Piece, local: torch.Tensor, offset: Sequence[int]) -> None:
     if local.ndim == 0:
         local.copy_(saved[...])

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from wmtp_worker import errors
+from wmtp_worker.host.limits import cap_threads
 from wmtp_worker.host.stop import STOP
 
 _BROKEN_PIPE = 128 + 13  # as a shell reports SIGPIPE
@@ -25,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # OpenMP's threads must not spin while they wait: rented machines and containers share their cores (measured: a
     # busy neighbour makes a step up to four times slower otherwise)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    cap_threads()
     try:
         code = _run(argv)
         sys.stdout.flush()

@@ -10,6 +10,8 @@ from wmtp_worker.cli.checkpoints import app as checkpoints_app
 from wmtp_worker.cli.data import app as data_app
 from wmtp_worker.cli.doctor import doctor
 from wmtp_worker.cli.evaluate import evaluate
+from wmtp_worker.cli.host import app as host_app
+from wmtp_worker.cli.launch import app as launch_app
 from wmtp_worker.cli.models import app as models_app
 from wmtp_worker.cli.plan import plan
 from wmtp_worker.cli.report import report
@@ -36,7 +38,9 @@ app.add_typer(models_app, name="models")
 app.add_typer(data_app, name="data")
 app.add_typer(sync_app, name="sync")
 app.add_typer(tracking_app, name="tracking")
+app.add_typer(launch_app, name="launch")
 app.command()(doctor)
+app.add_typer(host_app, name="host")
 app.add_typer(settings_app, name="settings")
 
 
@@ -74,7 +78,11 @@ def wmtp(
 
     wmtp sync pull s3://bucket/logs logs    [dim]copy what differs, either way[/dim]
 
+    wmtp launch ssh gpu-box --preset smoke  [dim]on another machine; status, logs, stop[/dim]
+
     wmtp tracking check                     [dim]is the MLflow server fit? open: runs without one[/dim]
+
+    wmtp host stop --dry-run                [dim]how this rented machine would be stopped[/dim]
 
     wmtp settings show --preset production  [dim]every setting and its source[/dim]
 

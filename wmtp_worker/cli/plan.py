@@ -91,10 +91,10 @@ def _facts(made: "Plan") -> Iterator[tuple[str, str]]:
     from wmtp_worker.planning.memory import recomputed_bytes
 
     shape, fit, device, times, saves = made.shape, made.fit, made.device, made.times, made.saves
-    yield (
-        "model",
-        f"{shape.total.all / 1e9:,.3f} B parameters, {shape.total.trained / 1e9:,.3f} B trained, {shape.heads} heads",
-    )
+    sizes = f"{shape.total.all / 1e9:,.3f} B parameters, {shape.total.trained / 1e9:,.3f} B trained"
+    yield ("model", f"{sizes}, {shape.heads} heads") if shape.heads else ("value model", sizes)
+    if made.first is not None:
+        yield "value model", _first(made.first)
     count = f"{fit.devices} × " if fit.devices > 1 else ""
     yield (
         "device",
@@ -105,7 +105,8 @@ def _facts(made: "Plan") -> Iterator[tuple[str, str]]:
     yield (
         "step",
         f"{made.tokens_per_step:,} tokens: micro-batch {fit.step.rows} × accumulation {fit.passes}"
-        f"{f' on each of {fit.devices}' if fit.devices > 1 else ''}, sharding {fit.sharding}",
+        f"{f' on each of {fit.devices}' if fit.devices > 1 else ''}, sharding {fit.sharding}"
+        f"{f', {fit.step.copies} copies in {fit.step.shards} shards' if fit.sharding == 'hybrid' else ''}",
     )
     yield (
         "at least",
@@ -125,7 +126,7 @@ def _facts(made: "Plan") -> Iterator[tuple[str, str]]:
     yield (
         "the run",
         f"{made.steps:,} steps, {made.steps * made.tokens_per_step / 1e9:,.3g} B tokens: "
-        f"{_range(made.hours, lambda v: f'{v:,.3g}')} hours",
+        f"{_range(made.hours, lambda v: f'{v:,.3g}')} hours{'' if made.first is None else ', with the value model'}",
     )
     if made.money is not None:
         yield "money", _range(made.money, lambda v: f"{v:,.2f}")
@@ -138,15 +139,28 @@ def _facts(made: "Plan") -> Iterator[tuple[str, str]]:
     )
     if saves.interval:
         yield "save", saves.interval
-    best = made.suggested
+    best, section = made.suggested, "training" if shape.heads else "value"
     yield (
         "suggested",
-        f"training.micro_batch_size={best.step.rows} training.accumulation={best.passes * best.devices}, "
-        f"sharding {best.sharding}" + ("" if made.least_devices is None else f"; fits from {made.least_devices} on"),
+        f"{section}.micro_batch_size={best.step.rows} training.accumulation={best.passes * best.devices}"
+        + (f" parallel.shards={best.step.shards}" if best.devices > 1 else "")
+        + ("" if made.least_devices is None else f"; fits from {made.least_devices} on"),
     )
     if not fit.step.recompute:
         kept = _gib(recomputed_bytes(shape, fit.step))
         yield "recomputing", f"training.checkpoint_activations=full: the trunk's layers would keep {kept} GiB"
+
+
+def _first(made: "Plan") -> str:
+    from wmtp_worker.checkpoint.interval import spell
+    from wmtp_worker.planning.memory import parts, total
+
+    return (
+        f"trained first: {made.shape.total.trained / 1e9:,.3f} of {made.shape.total.all / 1e9:,.3f} B parameters, "
+        f"{_gib(total(parts(made.shape, made.fit.step)))} GiB; "
+        f"{made.steps:,} steps of {made.tokens_per_step:,} tokens, "
+        f"{_range(made.times.expected, spell)} each: {_range(made.hours, lambda v: f'{v:,.3g}')} hours"
+    )
 
 
 def _range(values: Sequence[float], spelled: Callable[[float], str]) -> str:

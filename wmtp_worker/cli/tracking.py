@@ -80,7 +80,9 @@ def open_(
     mlflow: Annotated[
         str | None, typer.Option(metavar="PROGRAM", help="MLflow with its server, if it is not installed here.")
     ] = None,
-    port: Annotated[int, typer.Option(help="Where the pages are, on this machine alone; 0: any that is free.")] = 5000,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Where the pages are, on this machine alone; 0: any that is free.")
+    ] = 5000,
     once: Annotated[bool, typer.Option("--once", help="Fill the server's database, say where it is, and end.")] = False,
     set_: Set = None,
 ) -> None:

@@ -7,6 +7,7 @@ from wmtp_worker.cli.options import Json, Preset, Recipe, Resume, RunName, Set
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from wmtp_worker.settings import Settings
     from wmtp_worker.training.run import Summary
 
 
@@ -36,7 +37,7 @@ def train(
     from rich.console import Console
 
     from wmtp_worker.errors import Interrupted
-    from wmtp_worker.host.processes import end_with_parent, run_processes, visible_gpus
+    from wmtp_worker.host.processes import end_with_parent, run_processes
     from wmtp_worker.host.stop import STOP
     from wmtp_worker.redact import redact
     from wmtp_worker.settings import load
@@ -45,8 +46,7 @@ def train(
     settings = load(recipe=recipe, preset=preset, overrides=set_ or (), options=options)
     STOP.check()
     if "WORLD_SIZE" not in os.environ:
-        wanted = settings.parallel.processes
-        count = max(1, visible_gpus()) if wanted == "auto" else wanted
+        count = _processes(settings)
         if count > 1:
             given = _as_options(recipe, preset, run_name, resume, set_, as_json)
             command = [sys.executable, "-m", "wmtp_worker", "train", *given]
@@ -70,6 +70,25 @@ def train(
         sys.stdout.write(redact(json.dumps(_as_json(summary))) + "\n")
     else:
         _print(summary, Console())
+
+
+def _processes(settings: "Settings") -> int:
+    """What `parallel.processes` means here."""
+    import sys
+
+    from wmtp_worker.host.processes import share_gpus, visible_gpus
+
+    wanted, passes = settings.parallel.processes, settings.training.accumulation
+    if wanted != "auto":
+        return wanted
+    gpus = visible_gpus() if settings.host.device in ("auto", "cuda") else 0
+    count = share_gpus(gpus, passes, settings.parallel.shards)
+    if count < gpus:
+        sys.stderr.write(
+            f"training on {count} of {gpus} GPUs, which share training.accumulation={passes} micro-batches of a step; "
+            f"for all of them set a multiple of {gpus}, and training.micro_batch_size so that a step keeps its rows\n"
+        )
+    return count
 
 
 def _as_options(

@@ -8,6 +8,7 @@ import codecs
 import gzip
 import hashlib
 import io
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -153,7 +154,7 @@ def _pyarrow(module: str, path: Path) -> Any:
         raise InputError(
             f"{path.suffix} files are read by pyarrow, which is not installed",
             where=str(path),
-            fix="pip install 'wmtp-worker[parquet]', or convert the file to JSON lines (.jsonl, .jsonl.gz)",
+            fix=f"{sys.executable} -m pip install pyarrow, or convert the file to JSON lines (.jsonl, .jsonl.gz)",
         ) from None
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from wmtp_worker.errors import SettingsError
@@ -63,10 +65,30 @@ def describe(device: torch.device) -> dict[str, str | int | float]:
 def make_deterministic(device: torch.device) -> None:
     """Ask CUDA for the same bits in every run; the CPU gives them anyway at equal thread counts.
 
-    Must come before the first CUDA call. Where CUDA has no deterministic kernel, torch warns and goes on.
+    Must come before the first CUDA call. Where CUDA has no deterministic kernel, torch warns and goes on; backward
+    passes belong into `deterministic_backward`.
     """
     import torch
 
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+@contextmanager
+def deterministic_backward() -> Iterator[None]:
+    """For the backward passes of a training that is deterministic.
+
+    Attention's fused kernels on CUDA have a deterministic backward, and take it only where an operation without one
+    would raise instead of warn (ATen's `attention_backward.cu`). Of what else runs backwards here, none does.
+    """
+    import torch
+
+    if not torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
         torch.use_deterministic_algorithms(True, warn_only=True)

@@ -5,11 +5,14 @@ Every reader takes the root of the file system, so that it can be shown any mach
 
 import os
 import shutil
+from collections.abc import MutableMapping
 from pathlib import Path
 
 ROOT = Path("/")
 # cgroup v1 spells "no limit" as a page-rounded 2**63 - 1; nothing real is near it
 _NO_LIMIT = 1 << 60
+# who makes threads when it is loaded, or first used: OpenMP (torch, MKL, OpenBLAS) and Rust's rayon (tokenizers)
+_POOLS = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")
 
 
 def cpu_limit(root: Path = ROOT) -> float:
@@ -19,8 +22,20 @@ def cpu_limit(root: Path = ROOT) -> float:
     return min([float(visible_cpus()), *quotas])
 
 
+def cap_threads(environ: MutableMapping[str, str] = os.environ, root: Path = ROOT) -> None:
+    """Set the variables by which libraries size their pools of threads to the cores that the quota gives.
+
+    Before those are loaded: they count the CPUs that are visible, 384 of a rented machine that gives 46. What somebody
+    has set stays, and where there is no quota nothing is set.
+    """
+    cores = cpu_limit(root)
+    if cores < visible_cpus():
+        for name in _POOLS:
+            environ.setdefault(name, str(max(1, int(cores))))
+
+
 def visible_cpus() -> int:
-    """CPUs this process may be scheduled on, whatever its quota of their time is."""
+    """CPUs this process may be scheduled on (its affinity, which follows the cpuset), whatever its quota of them is."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -28,8 +43,10 @@ def visible_cpus() -> int:
 
 def memory_limit(root: Path = ROOT) -> int | None:
     """Bytes of memory we may use: the smaller of cgroup limit and machine; None if unknown."""
-    found = [_bytes(d / "memory.max") for d in _cgroups(root, "")]
-    found += [_bytes(d / "memory.limit_in_bytes") for d in _cgroups(root, "memory")]
+    # above memory.high nothing is killed, but everything waits for memory to be reclaimed
+    found = [_bytes(d / name) for d in _cgroups(root, "") for name in ("memory.max", "memory.high")]
+    for folder in _cgroups(root, "memory"):
+        found += [_bytes(folder / "memory.limit_in_bytes"), _of_parents(folder)]
     found.append(_total_memory(root))
     return min((value for value in found if value is not None), default=None)
 
@@ -44,6 +61,18 @@ def memory_available(root: Path = ROOT) -> int | None:
     if limit is None or own is None:
         return free
     return max(0, limit - own if free is None else min(free, limit - own))
+
+
+def process_limit(root: Path = ROOT) -> tuple[int, int] | None:
+    """`(limit, used)`: how many processes and threads our cgroup may have, and has; None where there is no limit.
+
+    Of several limits, that which leaves the least.
+    """
+    folders = [*_cgroups(root, ""), *_cgroups(root, "pids")]
+    found = [
+        (limit, _number(d / "pids.current") or 0) for d in folders if (limit := _number(d / "pids.max")) is not None
+    ]
+    return min(found, key=lambda pair: pair[0] - pair[1], default=None)
 
 
 def disk_free(path: Path) -> int:
@@ -86,6 +115,15 @@ def _v1_quota(folder: Path) -> float | None:
     if not quota or not period or quota < 0:
         return None
     return quota / period
+
+
+def _of_parents(folder: Path) -> int | None:
+    """The limit of v1 that counts parents in, those outside of the container too (a pod's, say)."""
+    for line in (_text(folder / "memory.stat") or "").splitlines():
+        name, _, value = line.partition(" ")
+        if name == "hierarchical_memory_limit" and value.isdecimal() and int(value) < _NO_LIMIT:
+            return int(value)
+    return None
 
 
 def _bytes(file: Path) -> int | None:

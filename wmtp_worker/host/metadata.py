@@ -33,7 +33,11 @@ class Notice:
 
 
 class Unavailable(Exception):
-    """A metadata service that cannot be reached, refuses, or says what makes no sense."""
+    """A metadata service that cannot be reached, refuses (`answered`), or says what makes no sense."""
+
+    def __init__(self, why: str, *, answered: bool = False) -> None:
+        super().__init__(why)
+        self.answered = answered
 
 
 class Service(Protocol):
@@ -43,6 +47,12 @@ class Service(Protocol):
 
     def poll(self) -> list[Notice]:
         """Every notice that stands now. May wait a few seconds for one. Raises `Unavailable`."""
+
+    def clock(self, seconds: float = ANSWER_SECONDS) -> float:
+        """The service's own time, since the epoch: whether it answers to this process at all, within `seconds`.
+
+        Raises `Unavailable`.
+        """
 
     def close(self) -> None:
         """End a `poll` that is under way in another thread, and all later ones, with `Unavailable`."""
@@ -66,12 +76,16 @@ class Answer:
             raise Unavailable(f"{self.text[:60]!r} is no JSON object")
         return value
 
+    @property
+    def moment(self) -> float:
+        """When it was answered by the service's clock, in seconds since the epoch; by ours where it does not tell."""
+        with contextlib.suppress(ValueError, KeyError):
+            return parsedate_to_datetime(self.headers["date"]).timestamp()
+        return time.time()
+
     def deadline(self, moment: float) -> float:
         """A moment in seconds since the epoch on our monotonic clock, by the service's own time: ours may be wrong."""
-        now = time.time()
-        with contextlib.suppress(ValueError, KeyError):
-            now = parsedate_to_datetime(self.headers["date"]).timestamp()
-        return time.monotonic() + moment - now
+        return time.monotonic() + moment - self.moment
 
 
 class Endpoint:

@@ -15,12 +15,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, Self
 
-from wmtp_worker.host.cloud import ROOT, find_cloud
 from wmtp_worker.host.metadata import Notice, Service, Unavailable
 from wmtp_worker.host.notices_azure import Azure
 from wmtp_worker.host.notices_ec2 import Ec2, disabled
 from wmtp_worker.host.notices_gcp import Gcp
 from wmtp_worker.host.stop import StopRequest
+from wmtp_worker.host.where import ROOT, here
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +35,12 @@ Which = Literal["auto", "ec2", "gcp", "azure", "none"]
 
 
 def service_of(which: Which, environ: Mapping[str, str] = os.environ, root: Path = ROOT) -> Service | None:
-    """The metadata service to ask: the one that is named; with auto, that of the cloud whose machine this is, if any.
+    """The metadata service to ask: the one that is named; with auto, that of the cloud whose machine this is, where it
+    may be asked.
 
     Asks nothing over the network.
     """
-    cloud = find_cloud(root) if which == "auto" else which
+    cloud = here(environ, root).cloud if which == "auto" else which
     if cloud == "ec2":
         if disabled(environ):
             log.debug("notices of ec2 are not watched: AWS_EC2_METADATA_DISABLED is set")

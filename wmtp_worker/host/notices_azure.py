@@ -42,6 +42,9 @@ class Azure:
         self._seconds = ANSWER_SECONDS
         return [_notice(event, answer) for event in events if event.get("EventType") in _KINDS and self._is_ours(event)]
 
+    def clock(self, seconds: float = ANSWER_SECONDS) -> float:
+        return self._ask(_OWN_NAME, seconds).moment
+
     def close(self) -> None:
         self._endpoint.close()
 

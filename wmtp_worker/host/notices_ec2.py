@@ -8,7 +8,7 @@ import contextlib
 from collections.abc import Mapping
 from datetime import UTC, datetime
 
-from wmtp_worker.host.metadata import ADDRESS, Answer, Endpoint, Notice, Unavailable
+from wmtp_worker.host.metadata import ADDRESS, ANSWER_SECONDS, Answer, Endpoint, Notice, Unavailable
 
 ENDPOINT = "AWS_EC2_METADATA_SERVICE_ENDPOINT"
 MODE = "AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE"
@@ -42,8 +42,16 @@ class Ec2:
             return [Notice("rebalance", self.name, None, detail, certain=False)]
         return []
 
+    def clock(self, seconds: float = ANSWER_SECONDS) -> float:
+        return self._token_answer(seconds).moment
+
     def close(self) -> None:
         self._endpoint.close()
+
+    def item(self, name: str) -> str | None:
+        """What is below `meta-data/`, as `instance-id`; None where there is no such item. Raises `Unavailable`."""
+        answer = self._get(name)
+        return None if answer is None else answer.text
 
     def _get(self, item: str) -> Answer | None:
         """The item, None where there is no such item. A token that ran out is renewed."""
@@ -65,11 +73,14 @@ class Ec2:
         return self._endpoint.ask(f"/latest/meta-data/{item}", {"X-aws-ec2-metadata-token": token})
 
     def _new_token(self) -> str:
+        return self._token_answer(ANSWER_SECONDS).text
+
+    def _token_answer(self, seconds: float) -> Answer:
         headers = {"X-aws-ec2-metadata-token-ttl-seconds": str(_TOKEN_SECONDS)}
-        answer = self._endpoint.ask("/latest/api/token", headers, method="PUT")
+        answer = self._endpoint.ask("/latest/api/token", headers, method="PUT", seconds=seconds)
         if answer.status != 200 or not answer.text.isprintable() or not answer.text:
-            raise Unavailable(f"no token: status {answer.status}")
-        return answer.text
+            raise Unavailable(f"no token: status {answer.status}", answered=True)
+        return answer
 
 
 def _interruption(answer: Answer) -> Notice:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlencode
 
-from wmtp_worker.host.metadata import ADDRESS, ANSWER_SECONDS, Endpoint, Notice, Unavailable
+from wmtp_worker.host.metadata import ADDRESS, ANSWER_SECONDS, Answer, Endpoint, Notice, Unavailable
 
 HOST = "GCE_METADATA_HOST"
 
@@ -45,6 +45,9 @@ class Gcp:
         self._asked = True
         return notices
 
+    def clock(self, seconds: float = ANSWER_SECONDS) -> float:
+        return self._answer("instance/id", {}, seconds).moment
+
     def close(self) -> None:
         self._endpoint.close()
 
@@ -75,15 +78,7 @@ class Gcp:
 
     def _get(self, item: str, query: Mapping[str, str | int]) -> str | None:
         """The value, None where there is no such item."""
-        waits = bool(query)
-        answer = self._endpoint.ask(
-            f"/computeMetadata/v1/{item}{'?' if waits else ''}{urlencode(query)}",
-            {"Metadata-Flavor": "Google"},
-            seconds=ANSWER_SECONDS + (_WAIT_SECONDS if waits else 0),
-        )
-        # anything else that answers at this address is not Google's
-        if answer.headers.get("metadata-flavor") != "Google":
-            raise Unavailable(f"{item}: not answered by a Google metadata server (status {answer.status})")
+        answer = self._answer(item, query, ANSWER_SECONDS)
         if answer.status == 404:
             return None
         if answer.status != 200:
@@ -91,3 +86,15 @@ class Gcp:
         if item == "instance/preempted":
             self._etag = answer.headers.get("etag")
         return answer.text
+
+    def _answer(self, item: str, query: Mapping[str, str | int], seconds: float) -> Answer:
+        waits = bool(query)
+        answer = self._endpoint.ask(
+            f"/computeMetadata/v1/{item}{'?' if waits else ''}{urlencode(query)}",
+            {"Metadata-Flavor": "Google"},
+            seconds=seconds + (_WAIT_SECONDS if waits else 0),
+        )
+        # anything else that answers at this address is not Google's
+        if answer.headers.get("metadata-flavor") != "Google":
+            raise Unavailable(f"{item}: not answered by a Google metadata server (status {answer.status})")
+        return answer

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Literal
 
 from wmtp_worker import errors
 from wmtp_worker.host.stop import StopRequest
@@ -37,6 +38,15 @@ def visible_gpus() -> int:
     return torch.cuda.device_count()
 
 
+def share_gpus(gpus: int, passes: int, shards: int | Literal["auto"]) -> int:
+    """As many processes as there are GPUs, or the most that share `passes` micro-batches of a step, and copies of the
+    model in `shards`, evenly. Where no number does, that of the GPUs: the processes say what is wrong.
+    """
+    multiple = 1 if shards == "auto" else shards
+    fitting = [count for count in range(1, gpus + 1) if passes % count == 0 and count % multiple == 0]
+    return max(fitting, default=max(gpus, 1))
+
+
 def run_processes(
     command: Sequence[str], count: int, stop: StopRequest, restarts: int, on_restart: Sequence[str] = ()
 ) -> int:
@@ -52,7 +62,7 @@ def run_processes(
             return _exit_code(codes)
         names = ", ".join(f"process {rank} by {signal.Signals(number).name}" for rank, number in died.items())
         if not restarts:
-            _say(f"died: {names}; not started again: host.restarts is used up")
+            _say(f"died: {names}; not started again: parallel.restarts is used up")
             return _exit_code(codes)
         restarts -= 1
         _say(f"died: {names}; starting all {count} again, {restarts} times more at most")

@@ -20,6 +20,7 @@ import platform
 import random
 import resource
 import signal
+import stat
 import struct
 import sys
 import sysconfig
@@ -125,6 +126,9 @@ def _become_nobody() -> bool:
         finally:
             os.seteuid(0)
         resource.setrlimit(resource.RLIMIT_NPROC, (_THREADS, _THREADS))
+        for descriptor in range(3):  # or programs could not open /dev/stdin, which is a pipe of root's
+            if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+                os.fchown(descriptor, user, user)
         os.setgroups([])
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)

@@ -64,8 +64,17 @@ def read_folder(folder: Path) -> Stored:
         tensors.pop("lm_head.weight", None)  # some write it all the same
     # a buffer that transformers wrote before 4.32
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    config, tensors = without_value_head(config, tensors)
     layout: Layout = "ours" if (config.get("n_future_tokens") or 1) > 1 else "hf"
     return Stored(layout, folder, config, Lazy(tensors), (folder / CONFIG, *shards)).check()
+
+
+def without_value_head(
+    config: dict[str, Any], tensors: dict[str, torch.Tensor]
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Of a policy that was trained beside one: it was of use while that trained."""
+    plain = {name: value for name, value in config.items() if name != "value_head"}
+    return plain, {name: tensor for name, tensor in tensors.items() if not name.startswith("value_head.")}
 
 
 def _shards(folder: Path) -> list[Path]:

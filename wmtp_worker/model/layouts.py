@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from wmtp_worker.errors import InputError
-from wmtp_worker.model.folder import CONFIG, read_folder
+from wmtp_worker.model.folder import CONFIG, read_folder, without_value_head
 from wmtp_worker.model.gguf import gguf_file, read_gguf
 from wmtp_worker.model.lora import merge_saved
 from wmtp_worker.model.meta import PARAMS, is_meta, read_meta
@@ -51,6 +51,7 @@ def _read_run(path: Path) -> Stored:
         raise InputError("not what a run leaves: config and model", where=str(path), fix="name a run's final.pt")
     if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
         raise InputError("holds more than tensors", where=str(path), fix="name a run's final.pt")
+    config, tensors = without_value_head(config, tensors)
     merged = merge_saved(config, tensors) if config.get("lora") else Lazy(tensors)
     plain = {name: value for name, value in config.items() if name != "lora"}
     return Stored("run", path, plain, merged, (path,)).check()

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,12 +10,14 @@ import torch
 from torch import nn
 from transformers import LlamaConfig
 from transformers.initialization import no_init_weights
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from wmtp_worker.errors import InputError
 from wmtp_worker.model.layouts import model_files, open_stored
 from wmtp_worker.model.lora import add_lora
 from wmtp_worker.model.mtp import MTPForCausalLM
 from wmtp_worker.model.stored import Stored
+from wmtp_worker.model.unread import leave_unread
 from wmtp_worker.settings import Settings
 
 if TYPE_CHECKING:
@@ -44,21 +47,28 @@ def build(settings: Settings, tokenizer: "PreTrainedTokenizerFast") -> MTPForCau
         return MTPForCausalLM(config)
 
 
-def load(path: Path, heads: int) -> MTPForCausalLM:
+def load(path: Path, heads: int, unread: bool = False) -> MTPForCausalLM:
     """An fp32 policy from a model on the disk, in any layout that `open_stored` knows.
 
     A model without further heads gets them as copies of its last layer. One that has some has its own number of heads,
-    which must be `heads`. Raises `InputError` for another architecture, pickled code, damaged files, and tensors that
-    are missing, left over or of another shape.
+    which must be `heads`. `unread`: its parameters take no memory yet, see `model.unread`. Raises `InputError` for
+    another architecture, pickled code, damaged files, and tensors that are missing, left over or of another shape.
     """
     stored = open_stored(path)
     config = config_with_heads(stored.config, heads, str(stored.files[0]))
-    with no_init_weights():  # drawing 7 billion numbers takes minutes
+    # drawing 7 billion numbers takes minutes
+    with no_init_weights(), torch.device("meta" if unread else "cpu"):
         model = MTPForCausalLM(config)
     model.tie_weights()
+    if unread:
+        model.model.rotary_emb = LlamaRotaryEmbedding(config)  # buffers are computed, not stored
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(stored.tensors[_stored_name(name, stored)])
+            read = partial(stored.tensors.__getitem__, _stored_name(name, stored))
+            if unread:
+                leave_unread(parameter, read)
+            else:
+                parameter.copy_(read())
     model.config.name_or_path = ""  # a path of this machine: it has no business in checkpoints
     return model
 
@@ -106,6 +116,8 @@ def rebuild(config: dict[str, Any], saved: Mapping[str, torch.Tensor], where: st
         model = MTPForCausalLM(LlamaConfig.from_dict(config))
         if lora := config.get("lora"):
             add_lora(model, **lora)
+        if head := config.get("value_head"):
+            model.add_value_head(**head)
     except Exception as error:  # a config that makes no sense raises anything
         reason = " ".join(str(error).split())
         raise InputError(f"its config makes no model: {reason}", where=where, fix="use other weights") from error

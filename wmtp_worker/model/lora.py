@@ -4,7 +4,8 @@ Adapters are put into the model where its linear layers are, so that it stays th
 called `….base_layer.weight`; beside it are `….lora_A.default.weight` and `….lora_B.default.weight`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from wmtp_worker.errors import SettingsError
 from wmtp_worker.model.stored import Lazy
+from wmtp_worker.model.unread import is_unread
 
 # every linear layer of a Llama but the unembedding
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -29,13 +31,20 @@ def add_lora(
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    # the loss multiplies by the unembedding itself: an adapter there would never learn
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] != "lm_head"
+    }
     for target in targets:
         found = [module for name, module in layers.items() if name.rsplit(".", 1)[-1] == target]
         if not found:
             names = sorted({name.rsplit(".", 1)[-1] for name in layers})
             raise SettingsError(
-                f"no layer is called {target!r}", where="lora.targets", fix=f"choose from {', '.join(names)}"
+                f"no layer that can have an adapter is called {target!r}",
+                where="lora.targets",
+                fix=f"choose from {', '.join(names)}",
             )
         if (width := min(min(module.weight.shape) for module in found)) < rank:
             raise SettingsError(
@@ -46,7 +55,22 @@ def add_lora(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), bias="none")  # type: ignore[arg-type]  # alpha may be any number
-        inject_adapter_in_model(config, model, adapter_name=_ADAPTER)
+        with _stand_ins(layers.values()):
+            inject_adapter_in_model(config, model, adapter_name=_ADAPTER)
+
+
+@contextmanager
+def _stand_ins(layers: Iterable[nn.Linear]) -> Iterator[None]:
+    """Inside, weights that are unread have empty ones on the CPU in their place: peft puts an adapter on the device of
+    its layer's weight, and on the meta device it would lose its numbers."""
+    away = {layer: layer.weight for layer in layers if is_unread(layer.weight)}
+    for layer in away:
+        layer.weight = nn.Parameter(torch.empty(0))
+    try:
+        yield
+    finally:
+        for layer, weight in away.items():
+            layer.weight = weight.requires_grad_(False)  # as peft leaves all that it finds
 
 
 def has_lora(model: nn.Module) -> bool:

@@ -6,15 +6,18 @@ kind. All read the trunk's output, and all share one final norm and one unembedd
 
     embed ─ layer 1 … layer L-1 ─┬─ layer L ───────┐
              (the trunk)         ├─ extra_heads[0] ├─ norm ─ lm_head ─ logits of the token k ahead
-                                 └─ …              ┘
+                                 ├─ …              ┘
+                                 └─ value_head: where one is trained beside them
 """
 
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from wmtp_worker.model.value_head import TrunkValue
 
 
 @dataclass(frozen=True)
@@ -40,18 +43,29 @@ class MTPForCausalLM(LlamaForCausalLM):
     saved opens as a plain Llama (head 1) too. `forward` and `generate` are Llama's and use head 1.
     """
 
+    value_head: TrunkValue | None
+
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
         first = config.num_hidden_layers
         self.extra_heads = nn.ModuleList(
             LlamaDecoderLayer(config, first + number) for number in range(config.n_future_tokens - 1)
         )
+        self.register_module("value_head", None)
         self.post_init()  # type: ignore[no-untyped-call]
 
     @property
     def heads(self) -> int:
         """How many tokens ahead are predicted (n)."""
         return 1 + len(self.extra_heads)
+
+    def add_value_head(self, width: int, seed: int = 0) -> TrunkValue:
+        """Put a trainable value head beside the heads, drawn from `seed` alone; `config.value_head` remembers it."""
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.value_head = TrunkValue(self.config.hidden_size, width, self.config.rms_norm_eps)
+        self.config.value_head = {"width": width}
+        return self.value_head
 
     def trunk(self, input_ids: torch.Tensor, position_ids: torch.Tensor, attention_mask: torch.Tensor) -> TrunkOutput:
         """Run the trunk once.
@@ -77,6 +91,14 @@ class MTPForCausalLM(LlamaForCausalLM):
 def layers_of(model: nn.Module) -> list[nn.Module]:
     """The decoder layers in the order of the model: trunk, head 1, further heads."""
     return [module for module in model.modules() if isinstance(module, LlamaDecoderLayer)]
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Let each decoder layer keep its input alone, and run a second time in the backward pass."""
+    model.activation_checkpointing_enable()
+    # it makes embeddings require gradients, which this kind of checkpoint does not need: a frozen trunk would be
+    # differentiated for nothing
+    model.disable_input_require_grads()
 
 
 def heads_of(model: nn.Module) -> set[nn.Module]:

@@ -33,8 +33,8 @@ class RewardModel(nn.Module):
         return scores
 
 
-def load_reward(folder: Path) -> RewardModel:
-    """An fp32 reward model, in evaluation mode. Raises `InputError` for a model that gives no single score."""
+def reward_config(folder: Path) -> dict[str, Any]:
+    """The configuration of a reward model. Raises `InputError` for a model that gives no single score."""
     config = read_config(folder)
     labels = len(config.get("id2label") or {}) or config.get("num_labels", 2)
     if labels != 1:
@@ -43,6 +43,12 @@ def load_reward(folder: Path) -> RewardModel:
             where=str(folder / CONFIG),
             fix='use a reward model: LlamaForSequenceClassification saved with "num_labels": 1',
         )
+    return config
+
+
+def load_reward(folder: Path) -> RewardModel:
+    """An fp32 reward model, in evaluation mode. Raises `InputError` for a model that gives no single score."""
+    reward_config(folder)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:

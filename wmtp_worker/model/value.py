@@ -1,6 +1,7 @@
 """The value model: how good a solution is, judged after each of its tokens.
 
-A Llama with a small MLP on top: one of its own, or the policy's trunk, which then stays as it is.
+A Llama with a small MLP on top: one of its own, or the policy's trunk, which then stays as it is, unless the policy
+takes the MLP over to train it on.
 """
 
 from pathlib import Path
@@ -15,27 +16,10 @@ from wmtp_worker.errors import InputError
 from wmtp_worker.model.loading import load, load_tensors
 from wmtp_worker.model.lora import add_lora
 from wmtp_worker.model.mtp import MTPForCausalLM, run_layers
+from wmtp_worker.model.unread import numbers
+from wmtp_worker.model.value_head import ValueHead
 
 _WIDTH = "value_width"  # in the config of a saved value model
-
-
-class ValueHead(nn.Module):
-    """An MLP with one hidden layer: [batch, time, hidden_size] to one number a token, float32 [batch, time].
-
-    Its last layer begins at zero, and so do all values: nothing is preferred before something was learnt.
-    """
-
-    def __init__(self, hidden_size: int, width: int) -> None:
-        super().__init__()
-        self.hidden = nn.Linear(hidden_size, width)
-        self.output = nn.Linear(width, 1)
-        nn.init.zeros_(self.output.weight)
-        nn.init.zeros_(self.output.bias)
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        hidden = nn.functional.gelu(self.hidden(states.to(self.hidden.weight.dtype)))
-        values: torch.Tensor = self.output(hidden).float().squeeze(-1)
-        return values
 
 
 class ValueModel(nn.Module):
@@ -120,3 +104,26 @@ def rebuild_value(config: dict[str, Any], saved: dict[str, torch.Tensor], where:
         raise InputError(f"its config makes no value model: {reason}", where=where, fix="use other weights") from error
     load_tensors(value, saved, where)
     return value
+
+
+def take_over(policy: MTPForCausalLM, config: dict[str, Any], saved: dict[str, torch.Tensor], where: str) -> None:
+    """Give the policy, as it is before it learns, the head of a value model that was trained on its frozen trunk.
+
+    `config` and `saved` as for `rebuild_value`. Raises `InputError` for a value model that is none, for one with a
+    backbone of its own, and for a head on another trunk than the policy's.
+    """
+    if not is_value_model(config):
+        raise InputError("it is no value model", where=where, fix="use the weights of a run that trained values")
+    needs = "weighting.critic.auxiliary trains on a head on the policy's trunk"
+    anew = "train the value model with value.trunk_head=true on the same policy, or set weighting.critic.auxiliary=0"
+    trunk = len(policy.model.layers) - 1
+    if config.get("lora") or config.get("num_hidden_layers") != trunk:
+        raise InputError(f"the value model has a backbone of its own, {needs}", where=where, fix=anew)
+    own = {name.replace(".base_layer.", "."): tensor for name, tensor in policy.model.named_parameters()}
+    head = {}
+    for name, tensor in saved.items():
+        if name.startswith("head.") or name == "backbone.norm.weight":
+            head[name.removeprefix("backbone.")] = tensor
+        elif not torch.equal(numbers(own.get(name.removeprefix("backbone."), tensor[:0])), tensor):
+            raise InputError(f"{name} is not the policy's: {needs}", where=where, fix=anew)
+    load_tensors(policy.add_value_head(config[_WIDTH]), head, where)

@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 
 from wmtp_worker.planning.memory import CACHED, CHUNK, Step
 from wmtp_worker.planning.policy import Shape
-from wmtp_worker.planning.work import attention_flops, eager_bytes, token_flops
+from wmtp_worker.planning.work import attention_flops, eager_bytes, seen_again, token_flops
 
 Clock = Callable[[], float]
 _REPEATS = 5
@@ -52,11 +52,12 @@ def predict(shape: Shape, step: Step, passes: int, speeds: Speeds) -> float:
     """Seconds of a step of `passes` micro-batches on a machine that does one thing after the other."""
     tokens = passes * step.tokens
     attention = attention_flops(shape, step.time)
+    logits = shape.heads * shape.vocabulary * (1 + seen_again(shape, step))
     return (
         tokens * (token_flops(shape, step) - attention) / speeds.products
         + tokens * attention / speeds.attention
         + eager_bytes(shape, step, passes) / speeds.simple
-        + tokens * shape.heads * shape.vocabulary / speeds.loss
+        + tokens * logits / speeds.loss
     )
 
 
@@ -74,15 +75,16 @@ def _products(shape: Shape, step: Step, clock: Clock) -> float:
         ) -> tuple[torch.Tensor, ...]:
             return states @ weight.t(), after @ weight, after.t() @ states
 
-        seconds += times * _seconds(run, clock)
+        seconds += times * _seconds(run, clock) if times else 0.0
         flops += times * 6.0 * step.tokens * shape.hidden * width
     return flops / seconds
 
 
 def _attention(shape: Shape, step: Step, clock: Clock) -> float:
-    size = (step.rows, shape.attention_heads, step.time, shape.attention // shape.attention_heads)
+    rows = step.rows * step.sides
+    size = (rows, shape.attention_heads, step.time, shape.attention // shape.attention_heads)
     query, key, value = (torch.randn(size, dtype=_dtype(step), requires_grad=True) for _ in range(3))
-    mask = torch.ones(step.rows, 1, step.time, step.time, dtype=torch.bool).tril()
+    mask = torch.ones(rows, 1, step.time, step.time, dtype=torch.bool).tril()
 
     def run() -> None:
         F.scaled_dot_product_attention(query, key, value, attn_mask=mask).sum().backward()
@@ -93,14 +95,14 @@ def _attention(shape: Shape, step: Step, clock: Clock) -> float:
 def _simple(shape: Shape, step: Step, clock: Clock) -> float:
     """What stands between a layer's matrix products: norm, rotary positions, residual, SwiGLU; forward and backward."""
     h, k, f, heads = shape.hidden, shape.key_value, shape.intermediate, shape.attention_heads
-    width = shape.attention // heads
-    states, gate, up = (torch.randn(step.rows, step.time, size, requires_grad=True) for size in (h, f, f))
-    query, key = (torch.randn(step.rows, step.time, size, requires_grad=True) for size in (shape.attention, k))
-    cos = sin = torch.randn(step.rows, step.time, width)
+    rows, width = step.rows * step.sides, shape.attention // heads
+    states, gate, up = (torch.randn(rows, step.time, size, requires_grad=True) for size in (h, f, f))
+    query, key = (torch.randn(rows, step.time, size, requires_grad=True) for size in (shape.attention, k))
+    cos = sin = torch.randn(rows, step.time, width)
     norm = LlamaRMSNorm(h)
 
     def run() -> None:
-        turned = (one.view(step.rows, step.time, -1, width).transpose(1, 2) for one in (query, key))
+        turned = (one.view(rows, step.time, -1, width).transpose(1, 2) for one in (query, key))
         ends = [norm(states) + states, *apply_rotary_pos_emb(*turned, cos, sin), F.silu(gate) * up]
         torch.autograd.backward(ends, [torch.ones_like(end) for end in ends])
 

@@ -7,19 +7,18 @@ from typing import Any
 import torch
 
 from wmtp_worker.checkpoint.interval import choose
-from wmtp_worker.checkpoint.optimizer import expected_tensors
-from wmtp_worker.checkpoint.snapshot import split_frozen
-from wmtp_worker.checkpoint.staging import Content, nbytes
 from wmtp_worker.errors import SettingsError
 from wmtp_worker.host.device import set_threads
 from wmtp_worker.host.limits import memory_limit
 from wmtp_worker.planning.device import Device, find
-from wmtp_worker.planning.fit import Fit, fit, least_devices, suggest, usable
+from wmtp_worker.planning.fit import MACHINE, Fit, fit, least_devices, suggest_shards, usable
 from wmtp_worker.planning.measure import measure, predict
 from wmtp_worker.planning.memory import parts, recomputed_bytes, total
-from wmtp_worker.planning.policy import Shape, policy_on_meta
+from wmtp_worker.planning.policy import Shape, policy_on_meta, value_on_meta
+from wmtp_worker.planning.sizes import Sizes
 from wmtp_worker.planning.work import link_bytes, step_bytes, token_flops
 from wmtp_worker.settings import Settings
+from wmtp_worker.settings.stages import value_run
 
 CPU = "cpu"
 # Model FLOPs utilisation that is assumed of a GPU, low and high. Tuned systems report 46 % (PaLM, 2022, on TPUs) and 38
@@ -61,7 +60,10 @@ class Saves:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything there is to say, in bytes, seconds, FLOP and tokens; `to_json` is what machines read."""
+    """Everything there is to say, in bytes, seconds, FLOP and tokens; `to_json` is what machines read.
+
+    `first`: the plan of the value model that is trained before; its hours and money are within this one's.
+    """
 
     shape: Shape
     device: Device
@@ -73,6 +75,7 @@ class Plan:
     least_devices: int | None
     money_per_hour: float | None
     notes: tuple[str, ...]
+    first: "Plan | None" = None
 
     @property
     def tokens_per_step(self) -> int:
@@ -81,8 +84,8 @@ class Plan:
 
     @property
     def hours(self) -> tuple[float, float]:
-        low, high = self.times.expected
-        return low * self.steps / 3600, high * self.steps / 3600
+        low, high = (seconds * self.steps / 3600 for seconds in self.times.expected)
+        return (low, high) if self.first is None else (low + self.first.hours[0], high + self.first.hours[1])
 
     @property
     def money(self) -> tuple[float, float] | None:
@@ -103,6 +106,7 @@ class Plan:
                 "micro_batch_size": step.rows,
                 "accumulation": fit.passes,
                 "sharding": fit.sharding,
+                "shards": step.shards,
             },
             "memory": {
                 "parts": [asdict(part) for part in found],
@@ -126,9 +130,11 @@ class Plan:
                 "micro_batch_size": self.suggested.step.rows,
                 "accumulation": self.suggested.passes,
                 "sharding": self.suggested.sharding,
+                "shards": self.suggested.step.shards,
                 "least_devices": self.least_devices,
             },
             "notes": list(self.notes),
+            "value_model": None if self.first is None else self.first.to_json(),
         }
 
 
@@ -137,12 +143,25 @@ def make_plan(
 ) -> Plan:
     """The plan for `gpus` devices called `gpu` in the table; `cpu`: this machine, whose speeds are measured.
 
+    Of both stages where a value model is trained first; with run.stage=value of that alone.
     `price`: of one GPU an hour; else `host.price_per_hour` counts, of the whole machine. Raises `SettingsError` where
     the run cannot fit, and `InputError` for a model that is not there. No weights are read. `poll` may raise to stop.
     """
     if gpu == CPU and gpus > 1:
         raise SettingsError("a CPU is planned for alone", where=f"--gpus {gpus}", fix="drop it, or name a --gpu")
-    model = policy_on_meta(settings)
+    first = None
+    if settings.trains_values:
+        first = _make_plan(value_run(settings), gpu, gpus, price, poll)
+        if settings.run.stage == "value":
+            return first
+    return _make_plan(settings, gpu, gpus, price, poll, first)
+
+
+def _make_plan(
+    settings: Settings, gpu: str, gpus: int, price: float | None, poll: Callable[[], None], first: Plan | None = None
+) -> Plan:
+    """Of one stage: run.stage=value is that of the value model."""
+    model = value_on_meta(settings) if settings.run.stage == "value" else policy_on_meta(settings)
     shape = Shape.of(model)
     poll()
     if gpu == CPU:
@@ -156,7 +175,6 @@ def make_plan(
     else:
         times = _bounded(shape, chosen, device)
     money = price * gpus if price is not None else settings.host.price_per_hour
-    suggested = suggest(shape, chosen.step, chosen.step.rows * chosen.passes, device, gpus)
     return Plan(
         shape=shape,
         device=device,
@@ -164,10 +182,11 @@ def make_plan(
         steps=settings.training.max_steps,
         times=times,
         saves=_saves(settings, model, chosen, device, times),
-        suggested=suggested or chosen,
+        suggested=suggest_shards(shape, chosen, device) or chosen,
         least_devices=None if gpu == CPU else least_devices(shape, chosen.step, device),
         money_per_hour=money,
         notes=tuple(_notes(settings, chosen)),
+        first=first,
     )
 
 
@@ -183,7 +202,7 @@ def _bounded(shape: Shape, fit: Fit, device: Device) -> Times:
     tokens = fit.step.tokens * fit.passes
     flops = token_flops(shape, fit.step) * tokens
     moved = step_bytes(shape, fit.step, fit.passes)
-    sent = link_bytes(shape, fit.step, fit.passes, fit.devices)
+    sent = link_bytes(shape, fit.step, fit.passes)
     bounds = flops / device.flops, moved / device.bandwidth, sent / device.link
     low, high = (max(flops / device.flops / share, *bounds) for share in reversed(MFU))
     return Times(flops, moved, sent, *bounds, (low, high), f"MFU {MFU[0]:.0%} to {MFU[1]:.0%}, assumed")
@@ -201,10 +220,8 @@ def _measured(shape: Shape, fit: Fit, device: Device, poll: Callable[[], None]) 
 
 
 def _saves(settings: Settings, model: torch.nn.Module, fit: Fit, device: Device, times: Times) -> Saves:
-    trainable, frozen = split_frozen(model.named_parameters())
-    moments = expected_tensors({parameter: name for name, parameter in model.named_parameters()})
-    exported = nbytes({"weights": Content({**trainable, **frozen})})
-    size = nbytes({"model": Content(trainable), "optimizer": Content(moments)})
+    sizes = Sizes.of(model, settings.training.moments)
+    size = sizes.checkpoint
     background = settings.checkpoint.background
     shards = fit.step.shards
     copy = size / shards / (device.bandwidth / 2 if device.key == CPU else _BUS)
@@ -215,19 +232,28 @@ def _saves(settings: Settings, model: torch.nn.Module, fit: Fit, device: Device,
     if per_day is not None:
         cost = pause + (_SLOWER * write if background else 0.0)
         interval = str(choose(cost, write, per_day, times.expected[0]))
-    host = settings.checkpoint.buffers * size + exported if background else 0
-    return Saves(
-        size, nbytes({"frozen": Content(frozen)}) if frozen else 0, exported, host, copy, write, pause, interval
-    )
+    host = settings.checkpoint.buffers * size + sizes.export if background else 0
+    return Saves(size, sizes.frozen, sizes.export, host, copy, write, pause, interval)
 
 
 def _notes(settings: Settings, fit: Fit) -> list[str]:
     notes = ["hours are of the steps alone: no validation, set-up, saves or interruptions; tokens count padding"]
-    if settings.weighting.needs_reference or settings.weighting.needs_reward_model or settings.weighting.critic.value:
+    weighting, value = settings.weighting, settings.run.stage == "value"
+    if settings.trains_values and not value:
+        notes.append(
+            "the value model is in the hours with all its steps, though it may stop early or be trained already"
+        )
+    frozen = (settings.trains_values or weighting.critic.value) and not weighting.learns_values
+    if not value and (weighting.needs_reference or weighting.needs_reward_model or frozen):
         notes.append("what frozen models say of the data is computed before the training, and is not in these figures")
     memory = settings.training.precision == "fp32" and fit.step.cuda
     if memory:
         notes.append("training.precision=fp32 leaves the tensor cores idle; bf16 is many times faster")
+    if fit.devices > MACHINE:
+        notes.append(
+            f"{fit.devices} GPUs are more than one machine, as a rule of {MACHINE}: between machines it is the network "
+            "that sends, slower than the link in these figures"
+        )
     return notes
 
 

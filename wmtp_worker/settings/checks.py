@@ -1,13 +1,19 @@
 """Settings that are fine one by one but contradict each other."""
 
 import ipaddress
+import math
 from collections.abc import Iterator
+from itertools import pairwise
 from urllib.parse import urlsplit
 
 from wmtp_worker.settings.kinds import RUN_NAME
 from wmtp_worker.settings.schema import FIELDS, MODEL_SHAPE, Settings
 from wmtp_worker.settings.stages import value_name, value_run
 from wmtp_worker.settings.values import Given, Problem, nearest
+
+# bf16 has 8 significant bits: what should change by less than 1/256 is rounded to what it was
+_SLOWEST_BF16 = 0.99
+_SMALLEST_FP32 = 2.0**-149
 
 
 def contradictions(settings: Settings, given: dict[str, Given], needs_bucket: bool = True) -> Iterator[Problem]:
@@ -16,6 +22,8 @@ def contradictions(settings: Settings, given: dict[str, Given], needs_bucket: bo
     yield from _training(settings)
     yield from _weighting(settings)
     yield from _tracking(settings)
+    if settings.trains_values or settings.weighting.learns_values:
+        yield from _trunk_head(settings)
     if settings.trains_values:
         yield from _value(settings, given)
     yield from _cloud(settings, needs_bucket)
@@ -88,6 +96,10 @@ def _training(settings: Settings) -> Iterator[Problem]:
             "parallel.processes",
             f"set training.accumulation={-(-training.accumulation // processes) * processes}",
         )
+    for key, beta in (("training.beta1", training.beta1), ("training.beta2", training.beta2)):
+        if training.moments == "bf16" and beta > _SLOWEST_BF16:
+            what = f"{key}={beta:g} moves a moment by less than bf16 can tell apart, which training.moments=bf16 keeps"
+            yield Problem(what, settings.sources[key], f"set {key}={_SLOWEST_BF16} or less, or training.moments=fp32")
     if training.warmup_steps > training.max_steps:
         yield _clash(
             settings,
@@ -100,7 +112,7 @@ def _training(settings: Settings) -> Iterator[Problem]:
         what = "training.early_stopping.patience counts validations, but evaluation.every=0 has only one"
         fix = "set evaluation.every, or patience to 0"
         yield Problem(what, settings.sources["training.early_stopping.patience"], fix)
-    if run.stage == "all" and isinstance(run.resume, int) and run.resume > training.max_steps:
+    if run.stage != "value" and isinstance(run.resume, int) and run.resume > training.max_steps:
         yield _clash(settings, "run.resume", "must not be greater than", "training.max_steps", "take an earlier step")
 
 
@@ -126,6 +138,61 @@ def _weighting(settings: Settings) -> Iterator[Problem]:
     if weighting.family == "grpo" and settings.data.solutions != "all":
         what = f"{chosen} compares right and wrong solutions, but data.solutions=correct leaves the wrong ones out"
         yield Problem(what, settings.sources["data.solutions"], "set data.solutions=all")
+    yield from _weights_of_zero(settings)
+    yield from _bins(settings)
+    yield from _critic(settings)
+
+
+def _weights_of_zero(settings: Settings) -> Iterator[Problem]:
+    weighting, sources = settings.weighting, settings.sources
+    share, low, high = weighting.rho1.share, weighting.min, weighting.max
+    if weighting.family == "rho1_tokenskip" and weighting.normalise == "mean1_clip" and (low or share * high < 1):
+        what = f"weighting.min={low:g} with mean1_clip lifts the tokens that rho1_tokenskip skips"
+        if not low:
+            what = f"weighting.rho1.share={share:g} of the tokens at weighting.max={high:g} cannot have the mean 1"
+        yield Problem(what, sources["weighting.normalise"], "set weighting.normalise=mean1")
+    grpo = weighting.grpo
+    if weighting.family == "grpo" and not low and math.exp(-grpo.clip / grpo.beta) < _SMALLEST_FP32:
+        power = f"exp(-weighting.grpo.clip / weighting.grpo.beta) = exp(-{grpo.clip:g} / {grpo.beta:g})"
+        fix = "raise weighting.min above 0, or weighting.grpo.beta"
+        yield Problem(f"{power} is 0, and so may be all weights of a step", sources["weighting.grpo.beta"], fix)
+
+
+def _bins(settings: Settings) -> Iterator[Problem]:
+    key = "data.pairs.difficulty_bins"
+    bins = sorted(settings.data.pairs.difficulty_bins)
+    for (low, high, _), (following, *_) in pairwise(bins):
+        if following <= high:
+            what = f"{key}: {low:g} to {high:g} and the bin from {following:g} overlap"
+            yield Problem(what, settings.sources[key], "let each difficulty be in one bin")
+
+
+def _critic(settings: Settings) -> Iterator[Problem]:
+    critic, sources = settings.weighting.critic, settings.sources
+    alone = settings.run.stage == "policy" and critic.value is None
+    if settings.weighting.family == "critic" and alone and not critic.auxiliary:
+        what = "run.stage=policy trains no value model, and weighting.critic.value names none"
+        fix = "name one, set weighting.critic.auxiliary to train one beside the policy, or set run.stage=all"
+        yield Problem(what, sources["run.stage"], fix)
+    if settings.weighting.learns_values:
+        chosen = f"weighting.critic.auxiliary={critic.auxiliary} ({sources['weighting.critic.auxiliary']})"
+        if not settings.value.trunk_head:
+            what = f"{chosen} trains on a head on the policy's trunk, but value.trunk_head=false makes another model"
+            fix = "set value.trunk_head=true, or weighting.critic.auxiliary=0"
+            yield Problem(what, sources["value.trunk_head"], fix)
+        if settings.data.solutions != "all":
+            what = f"{chosen} learns from wrong solutions, too, but data.solutions=correct leaves them out"
+            yield Problem(what, sources["data.solutions"], "set data.solutions=all")
+
+
+def _trunk_head(settings: Settings) -> Iterator[Problem]:
+    value, sources = settings.value, settings.sources
+    if value.trunk_head and value.backbone is not None:
+        what = "value.trunk_head is a head on the policy, value.backbone another model"
+        yield Problem(what, sources["value.trunk_head"], "set one of the two")
+    if value.trunk_head and value.lora_rank:
+        what = "value.trunk_head trains nothing of the trunk, value.lora_rank adapters on it"
+        yield Problem(what, sources["value.trunk_head"], "set one of the two")
 
 
 def _tracking(settings: Settings) -> Iterator[Problem]:
@@ -151,17 +218,11 @@ def _tracking(settings: Settings) -> Iterator[Problem]:
 
 
 def _value(settings: Settings, given: dict[str, Given]) -> Iterator[Problem]:
-    value, sources = settings.value, settings.sources
+    sources = settings.sources
     name = value_name(settings.run.name)
     if not RUN_NAME.fullmatch(name):
         what = f"the value model would be trained by the run {name!r}, which is no name for a run"
         yield Problem(what, sources["run.name"], "shorten --run-name, or set weighting.critic.value")
-    if value.trunk_head and value.backbone is not None:
-        what = "value.trunk_head is a head on the policy, value.backbone another model"
-        yield Problem(what, sources["value.trunk_head"], "set one of the two")
-    if value.trunk_head and value.lora_rank:
-        what = "value.trunk_head trains nothing of the trunk, value.lora_rank adapters on it"
-        yield Problem(what, sources["value.trunk_head"], "set one of the two")
     own = value_run(settings)
     if isinstance(own.run.resume, int) and own.run.resume > own.training.max_steps:
         what = f"run.resume={own.run.resume} is beyond the value model's {own.training.max_steps} steps"

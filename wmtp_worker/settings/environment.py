@@ -41,12 +41,22 @@ OTHER: Mapping[str, str] = MappingProxyType(
         "WMTP_IMAGE_DIGEST": "digest of the image that runs, for the record of a run",
         "WMTP_GIT_COMMIT": "commit of the worker that runs, for the record of a run (found out in a checkout)",
         "WMTP_STOP_GRACE_SECONDS": "seconds from SIGTERM to SIGKILL on this host (not known: a full save is tried)",
+        "WMTP_RESTART": "whether start.sh starts a worker again that ended with 74 or 75, or was killed: always, "
+        "never, or auto: unless the image's entrypoint runs it (auto)",
+        "WMTP_RESTART_LIMIT": "how often start.sh starts again at most in WMTP_RESTART_WINDOW (10)",
+        "WMTP_RESTART_WINDOW": "seconds in which restarts are counted (3600)",
+        "WMTP_WHEN_DONE": "what start.sh does with a rented machine after exit code 0: nothing, stop, destroy",
+        "WMTP_WHEN_IDLE": "and after any other end, when it starts nothing again: nothing, stop",
+        "WMTP_DOCTOR": "whether start.sh has `wmtp doctor` look at the machine before the first worker, and starts "
+        "nothing on a rented one that fails: quick, never (quick)",
         "WMTP_BASE_IMAGE": "base image of the container tests",
         "WMTP_REQUIRE_CONTAINERS": "1 makes the container tests fail, not skip, where there is no Docker engine",
         "WMTP_KILLS": "how often the kill tests kill a worker (60)",
         "WMTP_KILLS_SEED": "by which seed they choose where (1)",
         "WMTP_KILLS_UNTIL": "Unix time after which they begin no more chains of kills (no limit)",
         "WMTP_TEST_DATA": "folder that holds mbpp/mbpp.jsonl, for the tests and benchmarks on real data",
+        "WMTP_TEST_COMPILE": "1 runs the test of compiled layers, which takes minutes, too",
+        "WMTP_TEST_MACHINES": "1 runs the test of two torchrun agents, which starts torch seven times, too",
     }
 )
 

@@ -61,9 +61,10 @@ def check_prefix(value: object) -> object:
 def check_difficulty_bin(value: object) -> object:
     if isinstance(value, list) and len(value) == 3 and all(type(number) in (int, float) for number in value):
         low, high, weight = value
-        if 0 <= low <= high and weight > 0:
+        if 0 <= low <= high and low == int(low) and high == int(high) and weight > 0:
             return value
-    raise ValueError("has a part that is not [low, high, weight]; write as [[7, 9, 1], [10, 12, 0.5]]")
+    what = "has a part that is not [low, high, weight] with whole numbers and a weight above 0"
+    raise ValueError(f"{what}; write as [[7, 9, 1], [10, 12, 0.5]]")
 
 
 Positive = Annotated[int, Field(ge=1)]

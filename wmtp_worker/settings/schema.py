@@ -44,9 +44,9 @@ class RunSettings(Section):
     resume: Annotated[Literal["auto", "never"] | int, BeforeValidator(check_resume)] = Field(
         description="auto: from the newest checkpoint that verifies; never: start anew; a number: that step"
     )
-    stage: Literal["all", "value"] = Field(
+    stage: Literal["all", "value", "policy"] = Field(
         description="all: first the value model, as the run <name>-value, where the weighting needs one and none is "
-        "named, then the policy; value: only the value model"
+        "named, then the policy; value: only the value model; policy: only the policy"
     )
     accept_changes: list[str] = Field(
         description="settings, by dotted key, that may differ from those of the checkpoint"
@@ -71,7 +71,8 @@ class HostSettings(Section):
 
 class ParallelSettings(Section):
     processes: Annotated[Literal["auto"] | int, BeforeValidator(check_number_or_auto)] = Field(
-        description="processes that train on this machine; auto: one for each GPU. Those of torchrun are never more"
+        description="processes that train on this machine; auto: one for each GPU, as far as they share "
+        "training.accumulation evenly. Those of torchrun are never more"
     )
     shards: Annotated[Literal["auto"] | int, BeforeValidator(check_number_or_auto)] = Field(
         description="processes that hold one copy of the model together (FSDP); 1: each has all of it; auto: 1 where "
@@ -154,12 +155,18 @@ class TrainingSettings(Section):
     eps: AboveZero = Field(description="AdamW's addend to the denominator")
     grad_clip: NotNegative = Field(description="largest norm of the gradient; 0 does not clip")
     precision: Literal["fp32", "bf16"] = Field(description="fp32, or bf16 autocast over fp32 weights")
+    moments: Literal["fp32", "bf16"] = Field(
+        description="what AdamW keeps its two moments in; bf16: half of their memory, other numbers"
+    )
     label_smoothing: BelowOne = Field(description="share of each label that is spread over the whole vocabulary")
     z_loss: NotNegative = Field(
         description="weight of log²Z, which keeps logits from drifting; PaLM's is 1e-4; 0: left out"
     )
     checkpoint_activations: Literal["none", "full"] = Field(
         description="full: each layer keeps its input alone and runs again in the backward pass; less memory, same bits"
+    )
+    compile: Literal["none", "layers"] = Field(
+        description="layers: decoder layers run as compiled code, made once when the training begins; faster steps"
     )
     early_stopping: EarlyStoppingSettings
 
@@ -179,6 +186,10 @@ class CriticSettings(Section):
     )
     value: Text | None = Field(
         description="weights of the value model: the name of the run that trained it, its folder, or a *.pt file"
+    )
+    auxiliary: NotNegative = Field(
+        description="coefficient of the value model's loss beside the policy's, with value.trunk_head: it is trained "
+        "on, and its gradient flows into the trunk; 0: the value model is frozen"
     )
     reward_model: Text | None = Field(
         description="folder or name of a LlamaForSequenceClassification with one label, as for model.path"
@@ -234,6 +245,21 @@ class WeightingSettings(Section):
     @property
     def needs_reference(self) -> bool:
         return self.group == "rho1" or (self.family == "grpo" and self.grpo.kl > 0)
+
+    @property
+    def looks_at_losses(self) -> bool:
+        """Whether weights follow from what the policy makes of the tokens, and not from what is known before."""
+        return self.needs_reference or self.family == "gradient"
+
+    @property
+    def weighed_share(self) -> float:
+        """The share of tokens that have a weight at all."""
+        return self.rho1.share if self.family == "rho1_tokenskip" else 1.0
+
+    @property
+    def learns_values(self) -> bool:
+        """Whether a value head is trained on beside the policy."""
+        return self.family == "critic" and self.critic.auxiliary > 0
 
     @property
     def needs_reward_model(self) -> bool:
@@ -350,6 +376,9 @@ class CloudSettings(Section):
     memory: Annotated[int, Field(ge=16, le=65536)] = Field(description="bytes on their way at once, in MB")
     bandwidth: NotNegative = Field(description="cap on what is sent and received, in MB/s; 0: none")
     patience: NotNegative = Field(description="seconds for which a call in transient trouble is tried again")
+    logs: bool = Field(
+        description="whether logs and report of a run go to the bucket too; false: only what a run needs to go on"
+    )
     close_seconds: NotNegative = Field(description="seconds to wait at the end of a run for what is not uploaded yet")
 
 
@@ -388,7 +417,7 @@ class Settings(Section):
     def trains_values(self) -> bool:
         """Whether a value model is to be trained: asked for, or needed and not named."""
         needed = self.weighting.family == "critic" and self.weighting.critic.value is None
-        return needed or self.run.stage == "value"
+        return self.run.stage == "value" or (needed and self.run.stage == "all")
 
     def identity(self) -> dict[str, Any]:
         """The part of `flat()` that determines the numbers of the training: with run.stage=value, of the value model.
@@ -408,14 +437,25 @@ class Settings(Section):
     def _counts(self, key: str) -> bool:
         """Whether the policy learns otherwise because of it: what other families and new models read has no effect."""
         section, _, rest = key.partition(".")
+        if key == "weighting.critic.auxiliary":
+            return self.weighting.learns_values
         if section == "weighting" and rest != "family":
             own = rest.split(".")[0] if "." in rest else self.weighting.group
             return self.weighting.family != "uniform" and own == self.weighting.group
         if section == "lora":
             return self.lora.rank > 0
         if section == "value" or key.startswith("data.pairs."):
-            return False  # the value model's weights are compared
+            return self._counts_for_the_head(key)
         return self.model.path is None or key not in MODEL_SHAPE
+
+    def _counts_for_the_head(self, key: str) -> bool:
+        """The same of a value head that is trained beside the policy; the weights it begins with are compared."""
+        keys = {"value.objective"}
+        if self.weighting.critic.value is None:
+            keys.add("value.hidden")
+        if self.value.objective == "pairwise":
+            keys.add("data.pairs.length_share")
+        return self.weighting.learns_values and key in keys
 
     def _counts_for_values(self, key: str) -> bool:
         """The same of the value model. What `stages.value_run` puts into other sections counts there."""
@@ -451,6 +491,8 @@ _NOT_IDENTITY = frozenset(
         "weighting.critic.reward_model",
     }
 )
+# what runs did before these were settings: a checkpoint that does not name them was made so
+UNNAMED = {"training.moments": "fp32", "training.compile": "none"}
 # what a model built from settings looks like; a model from a folder brings its own
 MODEL_SHAPE = tuple(
     f"model.{name}" for name in ModelSettings.model_fields if name not in ("path", "tokenizer", "heads")

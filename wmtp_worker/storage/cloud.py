@@ -111,6 +111,7 @@ class CloudSync:
             check=self._poll,
         )
         self._close_seconds = cloud.close_seconds
+        self._logs = cloud.logs
         self._background: Background | None = None
 
     def _poll(self) -> None:
@@ -160,7 +161,7 @@ class CloudSync:
 
     def run(self, name: str) -> RunSync:
         """The checkpoints and logs of one run."""
-        return RunSync(self.transfer, RunPaths(self.workdir, name), check=self._poll)
+        return RunSync(self.transfer, RunPaths(self.workdir, name), check=self._poll, logs=self._logs)
 
     def hold(
         self,

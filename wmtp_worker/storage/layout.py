@@ -16,10 +16,12 @@ the epoch of its lease (none for epoch 0, that of workers without lease), and th
 
     checkpoints/<run>/step_1000/manifest.json    step_1000/e7/<file>    shared/e7/<sha256>.safetensors
     checkpoints/<run>/lease.json
+    probes/…                           objects by which `wmtp doctor` tries the bucket; gone afterwards
 
 Only in the work directory, and made anew where it is gone::
 
     cache/scores/<digest>/…            what frozen models say of a data set
+    cache/compiled/…                   torch's compiled code
 """
 
 import re
@@ -29,6 +31,7 @@ from typing import Literal
 
 MANIFEST = "manifest.json"
 SHARED = "shared"  # folder beside the steps
+PROBES = "probes/"  # prefix of objects by which a bucket is tried
 BLOB = ".safetensors"
 _STEP = re.compile(r"step_(0|[1-9][0-9]*)")
 _EPOCH = re.compile(r"e([1-9][0-9]*)")
@@ -82,6 +85,10 @@ def scores_dir(workdir: Path) -> Path:
 
 def tokens_dir(workdir: Path) -> Path:
     return workdir / "cache" / "tokens"
+
+
+def compiled_dir(workdir: Path) -> Path:
+    return workdir / "cache" / "compiled"
 
 
 @dataclass(frozen=True)

@@ -49,12 +49,14 @@ class RunSync:
         paths: RunPaths,
         lease: Lease | None = None,
         check: Callable[[], None] = lambda: None,
+        logs: bool = True,
     ) -> None:
-        """`check` is polled between deletions, which may be many, and may raise."""
+        """`check` is polled between deletions, which may be many, and may raise. Without `logs` none are published."""
         self.transfer = transfer
         self.store = transfer.store
         self.paths = paths
         self.keys = paths.keys
+        self.logs = logs
         self.catalogue = Catalogue(self.store, self.keys, lease)
         self._publisher = Publisher(transfer, paths, self.catalogue)
         self._retention = Retention(paths, self.catalogue, check)
@@ -228,7 +230,7 @@ class RunSync:
     def publish_logs(self) -> None:
         """Upload what is new in the run's logs; one that cannot be sent is left out with a warning."""
         self.catalogue.ensure()
-        for folder in (self.paths.logs, self.paths.tracking):
+        for folder in (self.paths.logs, self.paths.tracking) if self.logs else ():
             if folder.is_dir():
                 _warn(self.transfer.push(folder, self.paths.key(folder)), "uploaded")
 

@@ -1,19 +1,19 @@
 """The files that a run has on a tracking server: logs, reports, statistics, and where its checkpoints are."""
 
 import json
+import math
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from wmtp_worker.redact import redact
 from wmtp_worker.storage.layout import MANIFEST, RunPaths, step_name
-from wmtp_worker.tracking.record import TrackedRun
+from wmtp_worker.tracking.record import BestModel, TrackedRun
 
 if TYPE_CHECKING:
     from wmtp_worker.tracking.server import ServerRun
 
-BestModel = Literal["link", "upload", "move"]
 _EVERY = 300.0  # seconds between looks at files that grow
 _TEXT = (".log", ".json", ".jsonl", ".html", ".txt", ".csv", ".md")
 _FOLDERS = ("predictions", "weight_stats", "reports")
@@ -36,9 +36,8 @@ def folder_of(name: str) -> str | None:
 class Artifacts:
     """Uploads what is new in a run's logs, without secrets, and a list of its checkpoints instead of themselves."""
 
-    def __init__(self, paths: RunPaths, best_model: str) -> None:
+    def __init__(self, paths: RunPaths) -> None:
         self._paths = paths
-        self._best_model = best_model
         self._sent: dict[Path, tuple[int, int]] = {}  # file -> its size and time when it was sent
         self._looked = time.monotonic()
         self._listed: object = None
@@ -47,18 +46,25 @@ class Artifacts:
     def due(self) -> bool:
         return time.monotonic() - self._looked >= _EVERY
 
-    def sync(self, server: "ServerRun", last: bool = False, finished: bool = False) -> None:
-        """Upload what changed since the last time. Raises what the server raises; the next call goes on from there."""
+    def sync(self, server: "ServerRun", best_model: BestModel = "link", deadline: float = math.inf) -> None:
+        """Upload what changed since the last time, the largest file last.
+
+        Raises what the server raises, and `TimeoutError` where files are left at `deadline` (`time.monotonic`); the
+        next call goes on from there.
+        """
         self._looked = time.monotonic()
         for file in sorted(self._paths.logs.rglob("*")):
             folder = folder_of(file.relative_to(self._paths.logs).as_posix())
             if folder is not None and file.is_file():
+                _in_time(deadline)
                 self._upload(server, file, folder)
+        _in_time(deadline)
         self._link(server)
         best = self._paths.best
-        if finished and self._best_model in ("upload", "move") and best.exists():
+        if best_model != "link" and best.exists():
+            _in_time(deadline)
             server.upload(best, "checkpoints")
-            if self._best_model == "move":
+            if best_model == "move":
                 best.unlink()
 
     def _upload(self, server: "ServerRun", file: Path, folder: str) -> None:
@@ -86,3 +92,8 @@ class Artifacts:
         if listed != self._listed:
             server.upload_json(json.loads(redact(json.dumps(listed))), "checkpoints/checkpoints.json")
             self._listed = listed
+
+
+def _in_time(deadline: float) -> None:
+    if time.monotonic() >= deadline:
+        raise TimeoutError("there was no time left for them")

@@ -1,6 +1,7 @@
 """Whether a tracking server would take a run's record: asked by doing all of it once, and taking it back."""
 
 import os
+import re
 import secrets
 import tempfile
 import time
@@ -15,7 +16,7 @@ from wmtp_worker.tracking.server import find_experiment, make_client
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
-_DENIED = ("401", "403", "Unauthorized", "PERMISSION_DENIED", "Forbidden")
+_DENIED = (401, 403)
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,7 @@ def check(uri: str, experiment: str) -> Iterator[Finding]:
     def server() -> str:
         holder.append(make_client(uri))
         holder[0].search_experiments(max_results=1)
-        who = "with a password" if os.environ.get("MLFLOW_TRACKING_PASSWORD") else "without a password"
-        return f"{uri} answers, {who}"
+        return f"{uri} answers, {_credentials()}"
 
     def an_experiment() -> str:
         state["experiment"] = find_experiment(holder[0], experiment)
@@ -77,7 +77,7 @@ def check(uri: str, experiment: str) -> Iterator[Finding]:
                 detail, outcome = step(), "ok"
             except Exception as error:  # MLflow raises whatever its libraries do
                 detail = redact((str(error).strip().splitlines() or [type(error).__name__])[0][:300])
-                outcome = "denied" if any(word in detail for word in _DENIED) else "failed"
+                outcome = "denied" if _refused(error) else "failed"
             finding = Finding(name, outcome, time.perf_counter() - began, detail)  # type: ignore[arg-type]
             yield finding
             if finding.state != "ok":
@@ -89,3 +89,23 @@ def check(uri: str, experiment: str) -> Iterator[Finding]:
                 holder[0].delete_run(run_id)
             except Exception as error:  # what matters was found out already
                 del error
+
+
+def _credentials() -> str:
+    """What MLflow's client sends of them: a token only where there is no user with a password."""
+    given = {name for name in ("USERNAME", "PASSWORD", "TOKEN") if os.environ.get(f"MLFLOW_TRACKING_{name}")}
+    if {"USERNAME", "PASSWORD"} <= given:
+        return "with a password"
+    return "with a token" if "TOKEN" in given else "without a password"
+
+
+def _refused(error: Exception) -> bool:
+    """Whether the server answered, and does not want us. Not told by digits of the text, which quotes ports, too."""
+    from mlflow.exceptions import MlflowException, RestException
+
+    response = getattr(error, "response", None)  # of an artifact: requests' own error
+    if response is not None:
+        return bool(response.status_code in _DENIED)
+    if isinstance(error, RestException) and "error_code" not in error.json:  # of somebody before MLflow
+        return re.search(r"\b(Unauthorized|Forbidden)\b", str(error), re.IGNORECASE) is not None
+    return isinstance(error, MlflowException) and error.get_http_status_code() in _DENIED

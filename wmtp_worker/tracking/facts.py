@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import wmtp_worker
-from wmtp_worker.host.cloud import find_cloud
+from wmtp_worker.host.where import here
 from wmtp_worker.redact import redact
 from wmtp_worker.settings import Settings
 from wmtp_worker.tracking.record import TrackedRun
@@ -52,6 +52,7 @@ def describe(settings: Settings, identity: Mapping[str, Any], device: str, home:
         experiment=experiment_name(settings),
         home=home,
         settings_digest=settings.digest(),
+        best_model=settings.tracking.best_model,
         tags={key: redact(value) for key, value in tags.items()},
         params={key: redact(value) for key, value in params.items()},
     )
@@ -65,8 +66,8 @@ def experiment_name(settings: Settings) -> str:
 
 
 def surroundings() -> str:
-    """Where this process runs: a cloud, in a container or on the machine itself."""
-    place = find_cloud() or "local"
+    """Where this process runs: whose machine it is, in a container or on the machine itself."""
+    place = here().name
     return f"{place}-container" if os.environ.get("WMTP_IMAGE") or Path("/.dockerenv").exists() else place
 
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from wmtp_worker.storage.atomic import write_text
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
+BestModel = Literal["link", "upload", "move"]
 
 
 class TrackedRun(BaseModel):
@@ -27,6 +28,7 @@ class TrackedRun(BaseModel):
     ended: float | None = None
     home: str | None = Field(None, description="URL of its checkpoints in a bucket, where it has one")
     settings_digest: str
+    best_model: BestModel = Field("link", description="tracking.best_model: what a finished run's sender does with it")
     fresh: bool = Field(True, description="no earlier record was found: a server may know of one")
     previous: str | None = Field(None, description="key of the run that this one branched off, by --resume")
     tags: dict[str, str] = {}

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import IO
 
 import wmtp_worker
-from wmtp_worker.errors import RunHeldError
+from wmtp_worker.errors import RunHeldError, WorkerError
 from wmtp_worker.redact import redact
 from wmtp_worker.storage.layout import RunPaths
 from wmtp_worker.tracking.artifacts import Artifacts
@@ -39,7 +39,7 @@ from wmtp_worker.tracking.server import ServerRun, make_client
 INTERVAL = 2.0  # seconds between looks at the files
 LONGEST_WAIT = 30.0  # seconds between attempts while a server is away
 KILLED_SECONDS = 20.0  # to send what a killed worker left
-_LOOK_AFTER = 10.0  # seconds without contact after which somebody else may own the run
+_LOOK_AFTER = 10.0  # seconds after which somebody else may own the run
 _NICE = 15
 _LINES = 2000  # of the spool at once, so that one that is long needs little memory
 
@@ -52,7 +52,6 @@ class Order:
     workdir: str
     run: str
     process: str  # who owns the run from now on
-    best_model: str = "link"
     viewer: bool = False  # the server is one that somebody started to look at the run, and not the run's own
 
     def line(self) -> bytes:
@@ -130,53 +129,62 @@ class Sender:
         self._paths = paths = RunPaths(Path(order.workdir), order.run)
         self._tails = [Tail(paths.metrics), Tail(paths.system)]
         self._server: ServerRun | None = None
-        self._contact = 0.0
+        self._taken: dict[str, int] = {}  # metric -> the last step that a server has confirmed
+        self._looked = 0.0
         self._failures = 0
         self._status: Status | None = None
         self._left = False  # somebody else has the run
         self._deadline: float | None = None
-        self._artifacts = Artifacts(paths, order.best_model)
+        self._artifacts = Artifacts(paths)
 
     def work(self) -> bool:
         """Whether everything was sent in time."""
         while True:
+            told = self._status  # what is read after the end was told is all there will be
             try:
-                self._send()
+                whole = self._send()
                 self._failures = 0
-                if self._status is not None:
-                    self._finish(self._status)
-                    return True
+                if told is not None:
+                    return self._finish(told) and whole
             except RunHeldError as error:
                 say("warning", f"nothing more is sent to the MLflow server: {error}")
-                return True
+                return not self._order.viewer  # the other one sends the rest
             except Exception as error:  # MLflow raises whatever its libraries do; none of it ends the sending
                 self._failed(error)
             if self._left:
                 return True
-            if self._deadline is not None and time.monotonic() >= self._deadline:
+            if self._late:
                 return False
-            self._wait()
+            if told is self._status:
+                self._wait()
 
-    def _send(self) -> None:
+    @property
+    def _late(self) -> bool:
+        return self._deadline is not None and time.monotonic() >= self._deadline
+
+    def _send(self) -> bool:
+        """Send what the files have; whether that is all of it, or time was up before."""
         server = self._server
         if server is None:
-            server = self._connect()
-        elif time.monotonic() - self._contact > _LOOK_AFTER:
-            server.look()
+            server, self._looked = self._connect(), time.monotonic()
+        elif self._status is not None or time.monotonic() - self._looked > _LOOK_AFTER:
+            server.look()  # at the end, too: the status and the last rows are another's to tell then
+            self._looked = time.monotonic()
         self._server = server
+        begun = False
         for tail in self._tails:
             for rows in tail.rows():
+                if self._left or (begun and self._late):
+                    return False
                 server.send(rows)
-                self._contact = time.monotonic()
+                begun = True
                 self._heed()
-                if self._left or (self._deadline is not None and self._contact >= self._deadline):
-                    return
         if self._status is None and self._artifacts.due:
             self._artifacts.sync(server)
-        self._contact = time.monotonic()
+        return True
 
     def _connect(self) -> ServerRun:
-        """Find the run, and begin at the first line: what the server has is left out, whatever was sent before."""
+        """Find the run, and go on; from the first line where the server lacks what it had. What it has is left out."""
         path, order = self._paths.tracking_servers, self._order
         record = TrackedRun.load(self._paths.tracking_record)
         if record is None:
@@ -184,26 +192,37 @@ class Sender:
         known = read_servers(path).get(order.uri, {})
         run_id = known.get("run_id") if known.get("key") == record.key else None
         server = ServerRun(make_client(order.uri), record, order.process, run_id)
-        server.open()
+        server.open(take_over=not order.viewer)
         if run_id != server.run_id and not order.viewer:
             facts = {"key": record.key, "run_id": server.run_id, "experiment_id": server.experiment_id}
-            write_server(path, order.uri, facts)
+            try:
+                write_server(path, order.uri, facts)
+            except WorkerError as error:  # the run is found by its key, too
+                say("warning", f"this disk does not remember the run's name at the server: {error}")
             say("info", f"MLflow run {server.run_id} of {record.experiment} at {order.uri}")
-        for tail in self._tails:
-            tail.rewind()
+        if any(server.marks.get(key, -1) < step for key, step in self._taken.items()):
+            for tail in self._tails:
+                tail.rewind()
         return server
 
-    def _finish(self, status: Status) -> None:
+    def _finish(self, status: Status) -> bool:
+        """How it ended first: large files may take longer than there is time. Whether they arrived, too."""
         assert self._server is not None
-        try:
-            self._artifacts.sync(self._server, last=True, finished=status == "FINISHED")
-        except Exception as error:  # the numbers and how it ended count more
-            say("warning", f"not all files of the run are at the MLflow server: {_words(error)}")
+        assert self._deadline is not None
         self._server.end(status, time.time())
+        record = TrackedRun.load(self._paths.tracking_record)
+        best = record.best_model if record and status == "FINISHED" and not self._order.viewer else "link"
+        try:
+            self._artifacts.sync(self._server, best, self._deadline)
+        except Exception as error:
+            say("warning", f"not all files of the run are at the MLflow server: {_words(error)}")
+            return False
+        return True
 
     def _failed(self, error: Exception) -> None:
         self._failures += 1
-        self._server = None  # asks anew how far the server is
+        if self._server is not None:
+            self._taken, self._server = self._server.marks, None  # asks anew how far the server is
         level = "warning" if self._failures == 1 else "debug"
         say(level, f"the MLflow server does not take the record, which waits in the work directory: {_words(error)}")
 

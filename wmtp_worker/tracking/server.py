@@ -25,15 +25,19 @@ log = logging.getLogger(__name__)
 BATCH = 1000  # metrics a request; the protocol's limit
 _PARAMS, _TAGS = 100, 100  # the same
 _LONGEST_PARAM, _LONGEST_TAG = 500, 5000  # characters that servers of every version take
+PUSHED = "push/"  # how the names of owners begin that are no training
 KEY, OWNER, HOME, DIGEST = "wmtp.run", "wmtp.process", "wmtp.checkpoints", "wmtp.settings"
+_TIMEOUT, _RETRIES = "MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+_LARGE = 100_000_000  # bytes
+_SLOWEST = 5e6  # bytes a second from a server to its bucket
 _DEFAULTS = {
     # artifacts go through the server, whatever their size: it may be the only one with a way to the bucket
     "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD": "false",
     "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     # a server that is away is tried again by us, with what is known by then
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    _RETRIES: "1",
+    _TIMEOUT: "30",
     # for who names a folder: CI, smoke runs
     "MLFLOW_ALLOW_FILE_STORE": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
@@ -48,6 +52,11 @@ def make_client(uri: str) -> "MlflowClient":
     from mlflow.tracking import MlflowClient
 
     return MlflowClient(tracking_uri=uri)
+
+
+def upload_seconds(size: int) -> float:
+    """How long the answer to a file of so many bytes may take."""
+    return 30 + size / _SLOWEST
 
 
 def find_experiment(client: "MlflowClient", name: str) -> str:
@@ -78,11 +87,17 @@ class ServerRun:
         self._known = run_id
         self.run_id = ""
         self.experiment_id = ""
-        self._marks: dict[str, int] = {}  # metric -> the last step that the server has
+        self.marks: dict[str, int] = {}  # metric -> the last step that the server has
 
-    def open(self) -> None:
-        """Find the run or make it, tell what describes it, and take it over from the process before."""
+    def open(self, *, take_over: bool = True) -> None:
+        """Find the run or make it, tell what describes it, and take it over from the process before.
+
+        Without `take_over` only from one that pushed it: raises `RunHeldError` where a training logs it.
+        """
         run = self._find() or self._make()
+        owner = run.data.tags.get(OWNER, PUSHED)
+        if not take_over and not owner.startswith(PUSHED):
+            raise RunHeldError(f"the run is logged by {owner}", where=f"MLflow run {run.info.run_id}")
         self.run_id, self.experiment_id = run.info.run_id, run.info.experiment_id
         self._describe(run)
         self._client.set_tag(self.run_id, OWNER, self._owner)
@@ -94,21 +109,21 @@ class ServerRun:
         run = self._client.get_run(self.run_id)
         if (owner := run.data.tags.get(OWNER)) != self._owner:
             raise RunHeldError(f"the run is now logged by {owner}", where=f"MLflow run {self.run_id}")
-        self._marks = {metric.key: metric.step for metric in run.data._metric_objs}
+        self.marks = {metric.key: metric.step for metric in run.data._metric_objs}
 
     def send(self, rows: Iterable[Row]) -> int:
         """Log those rows that the server lacks, in order; how many that were."""
         from mlflow.entities import Metric
 
         batch: list[Metric] = []
-        sent, marks = 0, dict(self._marks)
+        sent, marks = 0, dict(self.marks)
 
         def flush() -> None:
             nonlocal sent
             if batch:
                 self._client.log_batch(self.run_id, metrics=batch)
                 sent += len(batch)
-                self._marks = dict(marks)
+                self.marks = dict(marks)
                 batch.clear()
 
         for row in rows:
@@ -121,7 +136,17 @@ class ServerRun:
         return sent
 
     def upload(self, file: Path, folder: str) -> None:
-        self._client.log_artifact(self.run_id, str(file), folder)
+        """The server takes all of it first, and answers when its bucket has it, too."""
+        size = file.stat().st_size
+        patience = {_TIMEOUT: str(max(int(os.environ[_TIMEOUT]), math.ceil(upload_seconds(size))))}
+        if size > _LARGE:
+            patience[_RETRIES] = "0"  # all of it would be sent once more
+        before = {name: os.environ[name] for name in patience}
+        os.environ.update(patience)  # MLflow reads them at each request
+        try:
+            self._client.log_artifact(self.run_id, str(file), folder)
+        finally:
+            os.environ.update(before)
 
     def upload_json(self, document: Mapping[str, Any], path: str) -> None:
         self._client.log_dict(self.run_id, dict(document), path)

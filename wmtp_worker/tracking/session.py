@@ -1,5 +1,6 @@
 """The tracking of one process of a run: its record in the work directory, and the sender beside it."""
 
+import contextlib
 import logging
 import os
 import secrets
@@ -12,16 +13,18 @@ from types import TracebackType
 from typing import IO, Self
 
 from wmtp_worker.errors import Interrupted, NotSafeError, RunHeldError, WorkerError
+from wmtp_worker.host.stop import STOP
 from wmtp_worker.settings.schema import TrackingSettings
 from wmtp_worker.storage.layout import RunPaths
 from wmtp_worker.tracking.record import Status, TrackedRun, read_servers
 from wmtp_worker.tracking.sender import Order, start
-from wmtp_worker.tracking.system import SystemSampler
+from wmtp_worker.tracking.system import Measure, SystemSampler
 
 log = logging.getLogger(__name__)
 
 _KILL_SECONDS = 5.0
-_STOP_SECONDS = 5.0  # where nobody said how long a stopped process may live: docker's ten are usual
+_SLICE = 0.2  # seconds between looks for a request to stop
+_STOP_SECONDS = 6.0  # where nobody said how long a stopped process may live: docker's ten, the save among them
 
 
 class Tracking:
@@ -42,21 +45,25 @@ class Tracking:
         start: int = 0,
         resume: str | int = "auto",
         seconds_left: Callable[[], float | None] = lambda: None,
+        stopping: Callable[[], bool] = lambda: STOP.requested,
+        measure: Measure = dict,
     ) -> None:
         """`record` describes the run as it is now, `start` is the step it goes on from, as `run.resume` asked.
 
-        `seconds_left` says how long this process may still live, None for long enough.
+        `seconds_left` says how long this process may still live, None where nobody said; `stopping`, whether somebody
+        asked it to end. `measure`: numbers of the run that stand beside those of the machine.
         """
         self._settings = settings
         self._paths = paths
         self._seconds_left = seconds_left
+        self._stopping = stopping
         earlier = TrackedRun.load(paths.tracking_record)
         self.record = record if earlier is None else earlier.continued_by(record, start, resume)
         self._process: subprocess.Popen[bytes] | None = None
         self._reader: threading.Thread | None = None
         self._arrived = False
         self._run_id: str | None = None
-        self._sampler = SystemSampler(paths.system, self.record.created, settings.system_seconds)
+        self._sampler = SystemSampler(paths.system, self.record.created, settings.system_seconds, measure)
 
     @property
     def run_id(self) -> str | None:
@@ -87,11 +94,7 @@ class Tracking:
         elif error is not None and not isinstance(error, NotSafeError):
             status = "FAILED"
         self.mark(status)
-        limits = [self._settings.close_seconds]
-        if status == "KILLED":
-            left = self._seconds_left()
-            limits.append(_STOP_SECONDS if left is None else left)
-        self._end(status, min(limits))
+        self._end(status, self._settings.close_seconds)
 
     def mark(self, status: Status) -> None:
         """Write into the record how the run ends, or that it runs: before the bucket gets it for the last time."""
@@ -107,7 +110,7 @@ class Tracking:
 
     def _start(self, uri: str) -> None:
         process = f"{socket.gethostname()}/{os.getpid()}/{secrets.token_hex(4)}"
-        order = Order(uri, str(self._paths.workdir), self._paths.run, process, self._settings.best_model)
+        order = Order(uri, str(self._paths.workdir), self._paths.run, process)
         try:
             self._process = start(order)
         except OSError as error:
@@ -129,19 +132,32 @@ class Tracking:
                 else:
                     log.debug("sender: %s", line.decode(errors="replace").rstrip())
 
+    def _stop_seconds(self) -> float:
+        """How long this may last in all, once somebody asked the process to end."""
+        left = self._seconds_left()
+        return _STOP_SECONDS if left is None else max(1.0, left)
+
     def _end(self, status: Status | None, seconds: float) -> None:
         process = self._process
         if process is None:
             return
+        end = time.monotonic() + seconds + min(_KILL_SECONDS, max(1.0, seconds))
+        if status == "KILLED" or self._stopping():
+            limit = self._stop_seconds()
+            end = min(end, time.monotonic() + limit)
+            seconds = min(seconds, max(limit / 2, limit - _KILL_SECONDS))
         assert process.stdin is not None
         try:
             process.stdin.write(Order.end(status, seconds))
             process.stdin.close()
         except OSError:
             pass  # it has died
-        try:
-            process.wait(seconds + min(_KILL_SECONDS, max(1.0, seconds)))
-        except subprocess.TimeoutExpired:
+        while process.poll() is None and time.monotonic() < end:
+            if self._stopping():  # however the run ended: the host kills what stays
+                end = min(end, time.monotonic() + self._stop_seconds())
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_SLICE)
+        if process.poll() is None:
             process.kill()
             process.wait()
         if self._reader is not None:

@@ -1,14 +1,20 @@
 """Use of the machine while a run trains, in the names that MLflow's own page of system metrics knows."""
 
 import contextlib
+import functools
 import json
 import logging
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+
+from wmtp_worker.host.gpu import NoDriver, nvml
 
 log = logging.getLogger(__name__)
+
+Measure = Callable[[], dict[str, float]]
 
 _MEGA = 1e6
 
@@ -20,11 +26,12 @@ class SystemSampler:
     measure that cannot be had, are left out.
     """
 
-    def __init__(self, path: Path, created: float, every: float) -> None:
-        """`created` is Unix time; with 0 seconds nothing is measured."""
+    def __init__(self, path: Path, created: float, every: float, also: Measure = dict) -> None:
+        """`created` is Unix time; with 0 seconds nothing is measured. `also`: a further measure, of the run itself."""
         self._path = path
         self._created = created
         self._every = every
+        self._also = also
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -39,11 +46,13 @@ class SystemSampler:
             self._thread.join(self._every + 1)
 
     def _run(self) -> None:
-        try:
-            measures = [*_machine(self._path), *_gpus()]
-        except Exception as error:  # no package, or a driver of another kind
-            log.debug("no system metrics: %s", error)
-            return
+        measures = [self._also]
+        finders: list[Callable[[], list[Measure]]] = [functools.partial(_machine, self._path), _gpus]
+        for find in finders:
+            try:
+                measures += find()
+            except Exception as error:  # no package, or a driver of another kind
+                log.debug("not all system metrics: %s", error)
         while not self._ended.wait(self._every):
             values: dict[str, float] = {}
             for measure in measures:
@@ -55,9 +64,6 @@ class SystemSampler:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 with self._path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
-
-
-Measure = Callable[[], dict[str, float]]
 
 
 def _machine(path: Path) -> list[Measure]:
@@ -96,26 +102,33 @@ def _machine(path: Path) -> list[Measure]:
 
 
 def _gpus() -> list[Measure]:
-    """One for each of NVIDIA's; none without the driver or its package."""
+    """Those of NVIDIA's; none without the driver or its package."""
     try:
-        import pynvml
-
-        pynvml.nvmlInit()
-    except Exception:
+        pynvml = nvml()
+    except NoDriver:
         return []
+    measures: list[Measure] = []
+    for number in range(pynvml.nvmlDeviceGetCount()):
+        with contextlib.suppress(pynvml.NVMLError):  # one that fell off the bus: the others are there
+            measures += _gpu(pynvml, number)
+    return measures
 
-    def of(number: int) -> Measure:
-        handle = pynvml.nvmlDeviceGetHandleByIndex(number)
 
-        def gpu() -> dict[str, float]:
-            use, memory = pynvml.nvmlDeviceGetUtilizationRates(handle), pynvml.nvmlDeviceGetMemoryInfo(handle)
-            return {
-                f"gpu_{number}_utilization_percentage": use.gpu,
-                f"gpu_{number}_memory_usage_megabytes": memory.used / _MEGA,
-                f"gpu_{number}_memory_usage_percentage": 100 * memory.used / memory.total,
-                f"gpu_{number}_power_usage_watts": pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
-            }
+def _gpu(pynvml: ModuleType, number: int) -> list[Measure]:
+    """Each apart: slices (MIG) do not tell their use, and virtual ones not their power."""
+    handle = pynvml.nvmlDeviceGetHandleByIndex(number)
 
-        return gpu
+    def use() -> dict[str, float]:
+        return {f"gpu_{number}_utilization_percentage": pynvml.nvmlDeviceGetUtilizationRates(handle).gpu}
 
-    return [of(number) for number in range(pynvml.nvmlDeviceGetCount())]
+    def memory() -> dict[str, float]:
+        now = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        return {
+            f"gpu_{number}_memory_usage_megabytes": now.used / _MEGA,
+            f"gpu_{number}_memory_usage_percentage": 100 * now.used / now.total,
+        }
+
+    def power() -> dict[str, float]:
+        return {f"gpu_{number}_power_usage_watts": pynvml.nvmlDeviceGetPowerUsage(handle) / 1000}
+
+    return [use, memory, power]

@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from wmtp_worker.errors import SettingsError, TransientError
 from wmtp_worker.storage.layout import RunPaths
 from wmtp_worker.tracking.record import Status, TrackedRun
 from wmtp_worker.tracking.sender import Order, start
+from wmtp_worker.tracking.server import PUSHED, upload_seconds
 
 _START_SECONDS = 300.0
 
@@ -48,13 +49,11 @@ def find_program(given: str | None) -> list[str]:
 def server(program: list[str], folder: Path, port: int, check: Callable[[], None]) -> Iterator[str]:
     """`mlflow server` on loopback with its database in `folder`, which is kept; its address.
 
-    Raises `TransientError` where it does not start. `check` is polled meanwhile and may raise.
+    Raises `SettingsError` where the port is taken, and `TransientError` where it does not start. `check` is polled
+    meanwhile and may raise.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if port == 0:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+    port = _free(port)
     address = f"http://127.0.0.1:{port}"
     command = [*program, "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += [
@@ -73,12 +72,26 @@ def server(program: list[str], folder: Path, port: int, check: Callable[[], None
         _wait(process, address, folder / "server.log", check)
         yield address
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):  # nobody is left of them
+            os.killpg(process.pid, signal.SIGTERM)
         try:
             process.wait(10)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def _free(port: int) -> int:
+    """The port, or for 0 any, if nobody listens there: another server there would be taken for ours."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server itself: what has ended is no matter
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            words = f"port {port} of this machine cannot be had: {error.strerror}"
+            raise SettingsError(words, where="--port", fix="--port 0 takes one that is free") from None
+        return int(probe.getsockname()[1])
 
 
 def _wait(process: "subprocess.Popen[bytes]", address: str, log: Path, check: Callable[[], None]) -> None:
@@ -87,11 +100,14 @@ def _wait(process: "subprocess.Popen[bytes]", address: str, log: Path, check: Ca
         check()
         try:
             with urllib.request.urlopen(f"{address}/health", timeout=5):
-                return
+                answered = True
         except (urllib.error.URLError, OSError):
-            if process.poll() is not None or time.monotonic() > until:
-                words = log.read_text(errors="replace").strip().splitlines() or ["without a word"]
-                raise TransientError(f"MLflow's server does not start: {words[-1]}", where=str(log)) from None
+            answered = False
+        if process.poll() is not None or time.monotonic() > until:
+            words = log.read_text(errors="replace").strip().splitlines() or ["without a word"]
+            raise TransientError(f"MLflow's server does not start: {words[-1]}", where=str(log))
+        if answered:
+            return
         time.sleep(0.2)
 
 
@@ -108,12 +124,14 @@ def push(paths: RunPaths, uri: str, *, seconds: float, viewer: bool = False) -> 
     """
     record = TrackedRun.load(paths.tracking_record)
     assert record is not None
-    order = Order(uri, str(paths.workdir), paths.run, f"push/{os.getpid()}", viewer=viewer)
+    order = Order(uri, str(paths.workdir), paths.run, f"{PUSHED}{os.getpid()}", viewer=viewer)
     process = start(order)
     # one that has no end was killed, and its sender with it
     status: Status = "KILLED" if record.status == "RUNNING" and not viewer else record.status
     try:
-        out, _ = process.communicate(order.end(status, seconds), timeout=seconds + 60)
+        # what is on its way when the time is over arrives: a model takes long
+        last = upload_seconds(paths.best.stat().st_size if paths.best.exists() else 0)
+        out, _ = process.communicate(order.end(status, seconds), timeout=seconds + 30 + 2 * last)
     except subprocess.TimeoutExpired:
         process.kill()
         out, _ = process.communicate()

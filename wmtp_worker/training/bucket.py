@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from wmtp_worker.assets.fetch import fetch
+from wmtp_worker.assets.resolve import missing_value_run
 from wmtp_worker.checkpoint.manifest import NewerFormatError, parse_manifest
 from wmtp_worker.errors import (
     AccessDenied,
@@ -120,15 +121,20 @@ class RunBucket:
     # --- before the training ---------------------------------------------------------------------------------
 
     def fetch(self) -> None:
-        """Bring model and data into the work directory. The checkpoint to resume from is on its way meanwhile.
+        """Bring models and data into the work directory. The checkpoint to resume from is on its way meanwhile.
 
         Raises `AccessDenied`, `BucketNotFound`, `InputError`, `IntegrityError`, `DiskFullError`, and `ExhaustedError`
         where model or data are only in the bucket, and that cannot be reached; and what `wait_for_checkpoint` raises.
         """
-        transfer = None if self._sync is None else self._sync.transfer
         self._errands.start("checkpoint", self._fetch_checkpoint)
-        self._errands.start("assets", lambda: fetch(self._settings, transfer, self._errands.poll))
+        self._errands.start("assets", self._fetch_assets)
         self._wait_for("assets")
+
+    def _fetch_assets(self) -> None:
+        fetch(self._settings, None if self._sync is None else self._sync.transfer, self._errands.poll)
+        value = missing_value_run(self._settings)
+        if self._sync is not None and value is not None:
+            self._sync.run(value.run).fetch_file(value.final)
 
     def wait_for_checkpoint(self) -> None:
         """Until the checkpoint to resume from is here, and the logs that belong to it.

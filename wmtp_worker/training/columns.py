@@ -15,7 +15,7 @@ from wmtp_worker.data.tokenizer import Sample
 from wmtp_worker.errors import InputError
 from wmtp_worker.model.compat import Named
 from wmtp_worker.settings import Settings
-from wmtp_worker.training.families import ADVANTAGE, REWARD, VALUE
+from wmtp_worker.training.families import ADVANTAGE, CORRECT, PROBLEM, REWARD, VALUE
 from wmtp_worker.training.frozen import frozen_models
 from wmtp_worker.training.quality import quality
 from wmtp_worker.training.scores import Scorer
@@ -48,16 +48,27 @@ def add_columns(settings: Settings, data: Dataset, policy: Policy, scorer: Score
     digests = {model.key: model.digest(scorer.poll) for model in models}
     for model in models:
         known[model.column] = scorer.score(model, (digests[model.key], policy.digest), samples)
+    if weighting.learns_values:
+        known[CORRECT] = rewards(samples)
+        # exact up to 2^24
+        known[PROBLEM] = [np.full(len(sample.ids), sample.problem, np.float32) for sample in samples]
     if weighting.family == "critic":
         if weighting.critic.rewards == "verifiable":
             known[REWARD] = rewards(samples)
-        else:
+        elif weighting.needs_reward_model or not weighting.learns_values:  # else the last value, when it is known
             known[REWARD] = _last_only(known[REWARD if weighting.needs_reward_model else VALUE])
         if weighting.needs_reward_model:
             _log_quality(settings, samples, known[REWARD])
     elif weighting.family != "grpo" and any(sample.reward == 0 for sample in samples):
         log.warning(
             "incorrect solutions are learned like correct ones: weighting.family=%s knows none", weighting.family
+        )
+    by_solution = weighting.family == "grpo" and not weighting.grpo.kl and weighting.control == "shuffled"
+    if weighting.control != "none" and (weighting.family == "uniform" or by_solution):
+        log.warning(
+            "weighting.control=%s changes nothing: weighting.family=%s weighs all tokens of a solution alike",
+            weighting.control,
+            weighting.family,
         )
     return data.with_columns(**known), digests
 

@@ -42,7 +42,7 @@ def evaluate_run(settings: Settings, weights: str, stop: StopRequest) -> dict[st
         return {**what, **examination(settings, judge, device, stop.check).validate(stop.check).to_json()}
     model = rebuild(config, tensors, where)
     tokenizer = load_tokenizer(tokenizer_folder(settings))
-    check_fit(settings, model, tokenizer)
+    check_fit(settings, model.config, tokenizer)
     data = load_split(settings, dataset_folder(settings), "validation", tokenizer, stop.check)
     rows = settings.training.micro_batch_size
     batches = data.epoch(rows, settings.evaluation.max_batches)

@@ -14,6 +14,8 @@ from wmtp_worker.weighting.statistics import Moments, MovingAverage, whiten
 
 # columns of a batch (`data.packing.Batch.columns`)
 REFERENCE_LOSS, VALUE, REWARD, ADVANTAGE = "reference_loss", "value", "reward", "advantage"
+# for values that are learned beside the policy: 1 or 0 at the last token; the problem's number
+CORRECT, PROBLEM = "correct", "problem"
 
 
 @dataclass
@@ -54,13 +56,6 @@ class Memory:
         self.moments, self.averaged = {}, set()
 
 
-def looks_at_losses(settings: WeightingSettings) -> bool:
-    """Whether the family needs what the policy makes of the tokens, and so is called head by head."""
-    if settings.family == "grpo":
-        return settings.grpo.kl > 0
-    return settings.family in ("rho1_weighted", "rho1_tokenskip", "gradient")
-
-
 def is_exponential(settings: WeightingSettings) -> bool:
     """Whether weights are `clip(exp(A / β), min, max)`."""
     return settings.family == "grpo" or (settings.family == "critic" and settings.critic.form == "exp")
@@ -69,7 +64,7 @@ def is_exponential(settings: WeightingSettings) -> bool:
 def before_the_policy(
     settings: WeightingSettings, batches: Sequence[Batch], labelled: Sequence[torch.Tensor], memory: Memory
 ) -> list[torch.Tensor]:
-    """Raw weights of every micro-batch of a step: float32 [batch, time, heads] each."""
+    """Raw weights of every micro-batch of a step, or of one: float32 [batch, time, heads] each."""
     if settings.family == "uniform":
         return [uniform.weights(mask) for mask in labelled]
     if settings.family == "grpo":
@@ -111,9 +106,12 @@ def after_the_policy(settings: WeightingSettings, head: Head, memory: Memory) ->
     losses = head.losses[..., None]
     reference = _sees(head, REFERENCE_LOSS)
     if settings.family == "grpo":
-        clip, penalty = settings.grpo.clip, grpo.kl_penalty(losses, reference)
-        memory.note("kl", Moments.of(penalty, labelled))
-        advantages = (_sees(head, ADVANTAGE) - settings.grpo.kl * penalty).clamp(-clip, clip)
+        clip, advantages = settings.grpo.clip, _sees(head, ADVANTAGE)
+        if head.number == 1:  # a further head sees less than the reference: what it lacks is no drift
+            penalty = grpo.kl_penalty(losses, reference)
+            memory.note("kl", Moments.of(penalty, labelled))
+            advantages = advantages - settings.grpo.kl * penalty
+        advantages = advantages.clamp(-clip, clip)
         return critic.exponential(advantages, labelled, settings.grpo.beta, settings.min, settings.max)
     excess = rho1_weighted.excess_loss(losses, reference)
     memory.note("excess_loss", Moments.of(excess, labelled))

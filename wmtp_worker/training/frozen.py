@@ -15,15 +15,16 @@ from wmtp_worker.data.packing import Batch
 from wmtp_worker.data.tokenizer import load_tokenizer, tokenizer_files
 from wmtp_worker.errors import InputError
 from wmtp_worker.model.compat import Named, check_same_tokens, check_vocabulary
-from wmtp_worker.model.folder import read_config
 from wmtp_worker.model.layouts import open_stored
 from wmtp_worker.model.loading import base_digest, load
 from wmtp_worker.model.mtp import packed_attention_mask
-from wmtp_worker.model.reward import load_reward
+from wmtp_worker.model.reward import load_reward, reward_config
 from wmtp_worker.model.stored import map_pickled
 from wmtp_worker.model.value import rebuild_value
 from wmtp_worker.settings import Settings
 from wmtp_worker.training.families import REFERENCE_LOSS, REWARD, VALUE
+from wmtp_worker.training.linear_cross_entropy import LinearCrossEntropy
+from wmtp_worker.training.loss import mtp_labels
 
 log = logging.getLogger(__name__)
 
@@ -83,10 +84,10 @@ def frozen_models(settings: Settings) -> list[Frozen]:
     found = []
     if (path := reference_folder(settings)) is not None:
         found.append(_reference(path))
-    if (path := value_weights(settings)) is not None:
-        found.append(_value(path))
+    if (path := value_weights(settings)) is not None and not settings.weighting.learns_values:
+        found.append(value_model(path))
     if (path := reward_folder(settings)) is not None:
-        found.append(_reward(path))
+        found.append(reward_model(path))
     return found
 
 
@@ -100,17 +101,17 @@ def _reference(path: Path) -> Frozen:
             """Cross-entropy of each token by head 1, in nats; 0 for the first of a sequence, which nothing predicts."""
             mask = packed_attention_mask(batch.segment_ids)
             trunk = model.trunk(batch.input_ids, batch.position_ids, mask)
-            logits, targets = model.head_logits(1, trunk)[:, :-1], batch.input_ids[:, 1:]
-            found = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-            inside = batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1]
-            return F.pad(found.view(targets.shape).where(inside, 0), (1, 0))
+            targets = mtp_labels(batch.input_ids, batch.segment_ids, 1)[..., 0]
+            found = LinearCrossEntropy(model.head_hidden(1, trunk), model.lm_head.weight, targets).results()
+            return F.pad(found.cross_entropy[:, :-1], (1, 0))
 
         return losses
 
     return Frozen(REFERENCE_LOSS, "weighting.reference", path, LlamaConfig.from_dict(stored.config), on)
 
 
-def _value(path: Path) -> Frozen:
+def value_model(path: Path) -> Frozen:
+    """A value model that was trained before. Raises `InputError` for a file that holds none."""
     content = map_pickled(path)
     config: dict[str, Any] = content.get("config", {})
     try:
@@ -128,12 +129,14 @@ def _value(path: Path) -> Frozen:
     return Frozen(VALUE, "weighting.critic.value", path, llama, on, tokenizer or None)
 
 
-def _reward(path: Path) -> Frozen:
+def reward_model(path: Path) -> Frozen:
+    """A reward model. Raises `InputError` for one that gives no single score."""
+
     def on(device: torch.device) -> Judge:
         return _per_token(load_reward(path).to(device).eval())
 
     key = "weighting.critic.reward_model"
-    return Frozen(REWARD, key, path, LlamaConfig.from_dict(read_config(path)), on)
+    return Frozen(REWARD, key, path, LlamaConfig.from_dict(reward_config(path)), on)
 
 
 def _per_token(model: torch.nn.Module) -> Judge:

@@ -1,6 +1,6 @@
 """One model on several ranks: whole on each, or in shards; and the sum of all ranks' gradients.
 
-    gradients = spread(model, group, shards)
+    gradients = spread(model, group, shards, precision)
     for number, backward in enumerate(own_micro_batches):
         gradients.begin(last=number == len(own_micro_batches) - 1)
         backward()                       # of each head, one after the other, then of the trunk
@@ -11,7 +11,7 @@ head, and has one gradient a micro-batch. All else (embedding, norm, unembedding
 what they find for it on each rank: it crosses the ranks once a step, however many heads and micro-batches there are.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import MethodType
 from typing import Any
 
@@ -20,7 +20,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from wmtp_worker.checkpoint.ranks import copy_own
 from wmtp_worker.model.mtp import heads_of, layers_of
+from wmtp_worker.model.unread import Read, unread
 from wmtp_worker.training.group import Group
 
 
@@ -42,23 +44,45 @@ class Gradients:
         """The same for the parameters after forward passes without a backward."""
 
 
-def spread(model: nn.Module, group: Group, shards: int) -> Gradients:
+def spread(model: nn.Module, group: Group, shards: int, precision: str = "fp32") -> Gradients:
     """Let each rank hold 1/`shards` of every parameter, which divides the number of ranks; 1: all of it.
 
+    `precision`: what it is computed with, `fp32`, or `bf16` where it always runs under autocast.
+
     With fewer shards than ranks there are several copies (hybrid sharding). The model, the same on every rank, lies on
-    the group's device, or on the CPU: then only its shards go to the device, where there are some. Afterwards
-    `model.parameters()` are `DTensor`s where `shards` is above 1: an optimizer must be made of these.
+    the group's device. Where there are shards it may lie on the CPU, or be unread: then only its shards go to the
+    device, or are read at all. Afterwards `model.parameters()` are `DTensor`s where `shards` is above 1: an optimizer
+    must be made of these.
     """
     if group.world == 1:
         return Gradients()
     if shards == 1:
         return _Replicas(model)
-    return _Shards(model, group, shards)
+    return _Shards(model, group, shards, precision)
+
+
+@torch.no_grad()
+def fill(model: nn.Module, stored: Mapping[str, Read], device: torch.device) -> None:
+    """Give parameters that are unread memory on `device` and their content, one after the other; of shards, only what
+    this rank holds. `stored`: by name, from `unread`, before there were shards. Tied ones stay so.
+    """
+    parameters = dict(model.named_parameters())
+    for name, read in stored.items():
+        parameter = parameters[name]
+        filled = torch.empty_like(parameter, device=device)
+        copy_own(filled, read())
+        # who has the parameter has it still
+        torch.utils.swap_tensors(parameter, nn.Parameter(filled, parameter.requires_grad))
 
 
 def gather_whole(tensor: torch.Tensor) -> torch.Tensor:
     """Put the shards of a tensor together, on every rank; what is whole stays as it is. Every rank must call this."""
     return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """The shard that lies on this rank, the tensor itself where it is whole: the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def clip(parameters: Iterable[torch.Tensor], largest: float) -> float:
@@ -123,20 +147,39 @@ def _views(flat: torch.Tensor, like: list[torch.Tensor]) -> list[torch.Tensor]:
 class _Shards(Gradients):
     """FSDP2. A layer is gathered when it is run and its gradients are scattered with each micro-batch: kept whole until
     the end of a step, those of all layers would not fit. What the heads share is gathered once a step and kept.
+
+    With bf16 a layer's matrices are gathered as bf16. Gathered as fp32 they would be copied by autocast, and neither
+    autograd nor autocast's cache would let go of the copies: each rank would hold the whole model.
     """
 
-    def __init__(self, model: nn.Module, group: Group, shards: int) -> None:
-        from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+    def __init__(self, model: nn.Module, group: Group, shards: int, precision: str) -> None:
+        from torch.distributed.fsdp import (
+            FSDPModule,
+            MixedPrecisionPolicy,
+            fully_shard,
+            register_fsdp_forward_method,
+        )
 
         self.shards = shards
         mesh = group.mesh(shards)
+        stored = unread(model)
         layers = layers_of(model)
         heads = heads_of(model)
+        lower = torch.bfloat16 if precision == "bf16" else None
+        policy = MixedPrecisionPolicy(lower, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        # norms are computed in fp32, and FSDP has one precision a unit: these few numbers go with what is shared
+        vectors = nn.ParameterList(one for layer in layers for one in layer.parameters() if one.ndim < 2)
         for layer in layers:
             # a head's backward follows its forward at once
-            fully_shard(layer, mesh=mesh, reshard_after_forward=layer not in heads)
+            again = layer not in heads
+            fully_shard(layer, mesh=mesh, reshard_after_forward=again, mp_policy=policy, ignored_params=set(vectors))
+        model.vectors = vectors  # where FSDP finds them
         fully_shard(model, mesh=mesh, reshard_after_forward=False)
+        del model.vectors
         assert isinstance(model, FSDPModule)
+        if stored:
+            fill(model, stored, group.device)
+            model.to(group.device)  # FSDP sees its new parameters
         self._units: list[FSDPModule] = [model, *layers]  # type: ignore[list-item]  # fully_shard changed their class
         for unit in self._units:
             # NCCL's own division by 1 is one more kernel, and gloo has none

@@ -148,7 +148,7 @@ def join(device: str, timeout_seconds: float) -> Iterator[Group]:
             raise SettingsError(
                 f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}",
                 where="LOCAL_RANK",
-                fix="start as many processes as there are GPUs: torchrun --nproc-per-node, or host.processes",
+                fix="start as many processes as there are GPUs: torchrun --nproc-per-node, or parallel.processes",
             )
         here = torch.device("cuda", local_rank)
         torch.cuda.set_device(here)

@@ -13,8 +13,9 @@ The gradient of a hidden state scales with its token's weight, so it can be made
 cannot: where weights follow from the losses, a chunk's logits are made once more, of the tokens that have a weight.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from wmtp_worker.data.packing import IGNORE
 
-# tokens: enough for efficient products; more only cost memory (benchmarks/loss.py)
+# tokens: enough for efficient products; more only cost memory (benchmarks/step.py chunk)
 CHUNK = 512
 # elements that a core's cache holds: on a CPU a pass over memory costs as much as what is computed in it
 _CACHED = 1 << 18
@@ -52,6 +53,20 @@ class TokenLosses:
 
 
 @dataclass(frozen=True)
+class TokenResults:
+    """How tokens are predicted, shaped as the targets. `cross_entropy`: as in `TokenLosses`; `right`: bool, whether the
+    likeliest token is the label (the first one of equally likely ones); False at ignored tokens.
+    """
+
+    cross_entropy: torch.Tensor
+    right: torch.Tensor
+
+
+# works on some rows of logits, in place: logits, labels, where to write what was found
+_Work = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+
+
+@dataclass(frozen=True)
 class _Seen:
     """What a pass over the labelled tokens found. `losses`: CE, objective, ‖g‖, [3, tokens]; `gradient`: Wᵀg, [tokens,
     hidden_size].
@@ -65,7 +80,8 @@ class LinearCrossEntropy:
     """The loss of one set of hidden states; only labelled tokens are looked at.
 
     `tokens` says what they cost before their weights are known. `weighted_sum` is what is differentiated: one pass over
-    the tokens, or after `tokens` a second one, for the gradient of the unembedding alone.
+    the tokens, or after `tokens` a second one, for the gradient of the unembedding alone. `results` is for models that
+    are only looked at.
     """
 
     def __init__(
@@ -101,6 +117,16 @@ class LinearCrossEntropy:
         hidden_norm = torch.linalg.vector_norm(self._seen.gradient, dim=-1)
         return TokenLosses(*(self._spread(one).view_as(self._targets) for one in (cross_entropy, norm, hidden_norm)))
 
+    @torch.no_grad()
+    def results(self) -> TokenResults:
+        """How each token is predicted: the logits once, and no gradient."""
+        found = self._states.new_zeros(2, len(self._states), dtype=self._exact)
+        with _no_autocast(self._states):
+            for _ in self._chunks(self._states, self._labels, found, self._examine):
+                pass
+        cross_entropy, right = (self._spread(one).view_as(self._targets) for one in found)
+        return TokenResults(cross_entropy, right > 0)
+
     def weighted_sum(
         self, weights: torch.Tensor, into: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,7 +134,7 @@ class LinearCrossEntropy:
 
         `weights`: shaped as the targets, constants; those of ignored tokens do not matter. `into`: a sum, at least
         float32, to which the unembedding's gradient is added here and now instead of being made anew by the backward
-        pass. That must follow, once, without any factor: it raises `ValueError` for one.
+        pass. That must follow, once, without any factor: on a CPU it raises `ValueError` for one.
         """
         chosen = weights.detach().flatten()[self._labelled].to(self._exact)
         inputs = self._hidden, self._unembedding, chosen, self, into
@@ -155,16 +181,30 @@ class LinearCrossEntropy:
     def _logit_gradients(
         self, states: torch.Tensor, labels: torch.Tensor, losses: torch.Tensor, norms: bool
     ) -> Iterator[tuple[slice, torch.Tensor]]:
-        """g of one chunk after the other, [chunk, vocabulary], in one buffer. Fills `losses` as `_Seen` has them."""
+        """g of one chunk after the other, [chunk, vocabulary]. Fills `losses` as `_Seen` has them."""
+        return self._chunks(states, labels, losses, partial(self._differentiate, norms=norms))
+
+    def _chunks(
+        self, states: torch.Tensor, labels: torch.Tensor, found: torch.Tensor, work: _Work
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """What `work` makes of the logits of one chunk after the other, [chunk, vocabulary], in one buffer. `found`:
+        [numbers, tokens], for `work` to fill.
+        """
         buffer = states.new_empty(min(self._chunk, len(states)), len(self._matrix))
         rows = _rows_at_once(buffer)
         for start in range(0, len(states), self._chunk):
             part = slice(start, start + self._chunk)
             logits = torch.mm(states[part], self._matrix.T, out=buffer[: len(states[part])])
-            blocks = zip(logits.split(rows), labels[part].split(rows), losses[:, part].split(rows, 1), strict=True)
-            for z, label, found in blocks:
-                self._differentiate(z, label, found, norms)
+            for block in zip(logits.split(rows), labels[part].split(rows), found[:, part].split(rows, 1), strict=True):
+                work(*block)
             yield part, logits
+
+    def _examine(self, logits: torch.Tensor, labels: torch.Tensor, found: torch.Tensor) -> None:
+        """Write the cross-entropies of some rows, and whether they are right, into `found`; the logits are used up."""
+        z = logits.to(self._exact)
+        found[1] = z.argmax(-1) == labels[:, 0]
+        torch.log_softmax(z, -1, out=z)
+        found[0] = -z.gather(1, labels)[:, 0]
 
     def _differentiate(self, logits: torch.Tensor, labels: torch.Tensor, losses: torch.Tensor, norms: bool) -> None:
         """Turn logits into g, in place; write their CE, objective and, if wanted, ‖g‖ into `losses`."""
@@ -224,7 +264,8 @@ class _WeightedSum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, factor: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, unembedding = ctx.saved_tensors
-        if ctx.once and factor != 1:
+        # asking a GPU would wait for it
+        if ctx.once and factor.device.type == "cpu" and factor != 1:
             raise ValueError(f"the unembedding's gradient is summed up already: it cannot be multiplied by {factor}")
         if unembedding is not None:
             unembedding = (unembedding * factor).to(ctx.dtype)

@@ -9,7 +9,9 @@ import time
 from rich.console import Console
 
 from wmtp_worker.tracking.console import StepBar
+from wmtp_worker.training.compiling import eager
 from wmtp_worker.training.gradients import clip
+from wmtp_worker.training.prefetch import Prefetcher
 from wmtp_worker.training.schedule import learning_rate
 from wmtp_worker.training.session import Session, seed_pass
 
@@ -25,7 +27,10 @@ def train(session: Session, console: Console) -> None:
     standing after its last whole step, and `TrainingDiverged` before a bad step is taken.
     """
     progress, settings = session.progress, session.settings
-    with StepBar(console, settings.training.max_steps, progress.step) as bar:
+    with (
+        Prefetcher(session.task.data, settings.training, session.group) as prefetcher,
+        StepBar(console, settings.training.max_steps, progress.step) as bar,
+    ):
         while True:
             if _due(progress.step, settings.evaluation.every, session.finished) and (
                 progress.validated_at < progress.step or progress.best_is_lost
@@ -36,7 +41,7 @@ def train(session: Session, console: Console) -> None:
                 session.save()
             if session.finished:
                 return
-            note = train_step(session)
+            note = train_step(session, prefetcher)
             bar.update(progress.step, note)
 
 
@@ -44,21 +49,19 @@ def _due(step: int, every: int, finished: bool) -> bool:
     return finished or (every > 0 and step % every == 0)
 
 
-def train_step(session: Session) -> str:
+def train_step(session: Session, prefetcher: Prefetcher) -> str:
     """One optimizer step: take rows, accumulate gradients over the micro-batches, clip, step. Returns a short note."""
     progress, training, task = session.progress, session.settings.training, session.task
     started = time.perf_counter()
-    rows, after = task.data.sampler.take(progress.position, training.micro_batch_size * training.accumulation)
-    size = training.micro_batch_size
-    batches = [task.data.batch(rows[i : i + size]) for i in range(0, len(rows), size)]
+    data = prefetcher.take(progress.position)
+    passes = list(enumerate(task.begin(progress.step, data.batches)))
+    own = session.group.share(passes)
     waited = time.perf_counter() - started
 
     rate = learning_rate(progress.step, training)
     for parameters in session.optimizer.param_groups:
         parameters["lr"] = rate
     session.optimizer.zero_grad(set_to_none=True)
-    passes = list(enumerate(task.begin(progress.step, batches)))
-    own = session.group.share(passes)
     for number, backward in own:
         session.check_together()
         session.heartbeat.beat("train", step=progress.step)
@@ -76,9 +79,9 @@ def train_step(session: Session) -> str:
     session.saving.gate()  # the last save may still be copying what changes now
     session.optimizer.step()
 
-    tokens = sum(batch.real_tokens for batch in batches)
+    tokens = sum(batch.real_tokens for batch in data.batches)
     progress.step += 1
-    progress.position = after
+    progress.position = data.after
     progress.tokens += tokens
     seconds = time.perf_counter() - started
     session.metrics.write(
@@ -88,8 +91,8 @@ def train_step(session: Session) -> str:
         lr=rate,
         grad_norm=norm,
         tokens=tokens,
-        packing=tokens / sum(batch.input_ids.numel() for batch in batches),
-        rows=hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16],
+        packing=tokens / sum(batch.input_ids.numel() for batch in data.batches),
+        rows=hashlib.sha256(json.dumps(data.rows).encode()).hexdigest()[:16],
         seconds=seconds,
         wait=waited,
     )
@@ -111,7 +114,8 @@ def run_validation(session: Session) -> None:
         session.heartbeat.beat("validate", step=progress.step)
 
     # every rank goes on with the same numbers, to the last bit
-    result = session.group.of_first(session.task.validate(between_batches))
+    with eager(settings):
+        result = session.group.of_first(session.task.validate(between_batches))
     session.gradients.settle()
     if not math.isfinite(result.loss):
         raise session.diverged(f"the validation loss is {result.loss}")
@@ -119,7 +123,8 @@ def run_validation(session: Session) -> None:
         session.metrics.write("validation", progress.step, **result.to_json())
     progress.validation = result.to_json()
     progress.validated_at = progress.step
-    session.task.record(progress.step)
+    with eager(settings):
+        session.task.record(progress.step)
     session.gradients.settle()
     log.info("step %d  validation %s", progress.step, result)
     stopping = settings.training.early_stopping

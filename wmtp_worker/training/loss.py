@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from wmtp_worker.data.packing import IGNORE, Batch
+from wmtp_worker.host.device import deterministic_backward
 from wmtp_worker.model.mtp import MTPForCausalLM, TrunkOutput, packed_attention_mask
 from wmtp_worker.training.linear_cross_entropy import PLAIN, LinearCrossEntropy, LossForm, TokenLosses
 
@@ -52,6 +53,8 @@ class Head:
 
 # a head's weights: float32 [batch, time]
 Weigh = Callable[[Head], torch.Tensor]
+# reads the trunk before the heads do: may add to the gradient of `hidden`; returns the batch with what it knows of it
+Beside = Callable[[TrunkOutput, Batch], Batch]
 
 
 def head_losses_backward(
@@ -62,10 +65,12 @@ def head_losses_backward(
     counts: torch.Tensor,
     precision: str,
     form: LossForm = PLAIN,
+    beside: Beside | None = None,
 ) -> torch.Tensor:
     """Add the gradient of L on this micro-batch to the parameters' `.grad`.
 
-    `targets`: int64 [batch, time, heads]; `weigh` is asked for each head's weights, the heads in order; `counts`: N_k
+    `targets`: int64 [batch, time, heads]; `weigh` is asked for each head's weights, the heads in order,
+    of the batch as `beside` returned it; `counts`: N_k
     over the whole optimizer step, float32 [heads]. Returns this micro-batch's share of each head's loss, weighted in
     row 0 and, the plain cross-entropy, unweighted in row 1, float32 [2, heads], detached: summed over the
     micro-batches they are the heads' losses, and the mean of row 0 is L.
@@ -75,15 +80,19 @@ def head_losses_backward(
     with autocast(targets.device, precision):
         trunk = model.trunk(batch.input_ids, batch.position_ids, packed_attention_mask(batch.segment_ids))
         leaf = trunk.detached()
+        if beside is not None:
+            batch = beside(leaf, batch)
         for number in range(1, heads + 1):
             scale = 1 / (counts[number - 1] * heads)
             weighted, plain = _head_loss(model, number, leaf, batch, targets[..., number - 1], weigh, scale, form)
-            weighted.backward()
+            with deterministic_backward():
+                weighted.backward()
             losses[0, number - 1] = weighted.detach() * heads
             losses[1, number - 1] = plain / counts[number - 1]
             del weighted  # and what it was made from, before the next head
     if trunk.hidden.requires_grad:  # not where only heads are trained
-        trunk.hidden.backward(leaf.hidden.grad)
+        with deterministic_backward():
+            trunk.hidden.backward(leaf.hidden.grad)
     return losses
 
 

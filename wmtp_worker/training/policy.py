@@ -9,6 +9,7 @@ from wmtp_worker.data.dataset import Dataset
 from wmtp_worker.data.packing import IGNORE, Batch
 from wmtp_worker.model.mtp import MTPForCausalLM
 from wmtp_worker.settings import Settings
+from wmtp_worker.training.auxiliary import AuxiliaryValues
 from wmtp_worker.training.group import Group
 from wmtp_worker.training.linear_cross_entropy import LossForm
 from wmtp_worker.training.loss import Weigh, head_losses_backward, mtp_labels
@@ -30,11 +31,14 @@ class PolicyTask:
         data: Dataset,
         validation: Dataset,
         probe: Probe,
+        values: AuxiliaryValues | None = None,
     ) -> None:
+        """`values`: what learns beside the policy, where something does."""
         self.model = model
         self.data = data
         self._validation = validation
         self._probe = probe
+        self._values = values
         self._settings = settings
         self._group = group
         self._weighter = Weighter(settings.weighting, settings.run.seed, group.ranks.gather)
@@ -55,6 +59,8 @@ class PolicyTask:
         counts = torch.stack([(target != IGNORE).sum((0, 1)) for target in targets]).sum(0).clamp(min=1)
         counts = counts.to(self._group.device, torch.float32)
         weighs = self._weighter.begin(step, batches, targets)
+        if self._values is not None:
+            self._values.begin(batches)
         self._losses = torch.zeros(2, self.model.heads, device=self._group.device)
         return [
             partial(self._backward, batch, target, weigh, counts)
@@ -63,8 +69,8 @@ class PolicyTask:
 
     def _backward(self, batch: Batch, targets: torch.Tensor, weigh: Weigh, counts: torch.Tensor) -> None:
         batch, targets = batch.to(self._group.device), targets.to(self._group.device)
-        precision = self._settings.training.precision
-        self._losses += head_losses_backward(self.model, batch, targets, weigh, counts, precision, self._form)
+        precision, beside = self._settings.training.precision, None if self._values is None else self._values.learn
+        self._losses += head_losses_backward(self.model, batch, targets, weigh, counts, precision, self._form, beside)
 
     def loss(self) -> float:
         self._losses = self._group.sum(self._losses)
@@ -83,7 +89,8 @@ class PolicyTask:
             "unweighted_loss": sum(unweighted) / self.model.heads,
             "unweighted_head_loss": unweighted,
         }
-        return Step(losses | weighting, note)
+        judged = {} if self._values is None else self._values.end()
+        return Step(losses | weighting | judged, note)
 
     def validate(self, between: Callable[[], None]) -> Validation:
         training, evaluation = self._settings.training, self._settings.evaluation

@@ -24,7 +24,7 @@ from wmtp_worker.settings import Settings
 from wmtp_worker.storage.atomic import write_text
 from wmtp_worker.training.group import Group
 from wmtp_worker.training.linear_cross_entropy import LinearCrossEntropy, LossForm, TokenLosses
-from wmtp_worker.training.loss import Head, Weigh, autocast, mtp_labels
+from wmtp_worker.training.loss import Beside, Head, Weigh, autocast, mtp_labels
 from wmtp_worker.training.weights import Weighter
 
 if TYPE_CHECKING:
@@ -56,13 +56,16 @@ class Probe:
         tokenizer: "PreTrainedTokenizerFast",
         model: MTPForCausalLM,
         group: Group,
+        judge: Beside | None = None,
     ) -> None:
+        """`judge`: says what the weights follow from and no column has, as `head_losses_backward` is told by."""
         self._path = path
         self._settings = settings
         self._data = data
         self._model = model
         self._device = group.device
         self._writes = group.first
+        self._judge = judge
         self._form = LossForm(settings.training.label_smoothing, settings.training.z_loss)
         indices = _first_correct(data)
         self._rows = pack(indices, [len(sample.ids) for sample in data.samples], data.sequence_length)
@@ -145,6 +148,9 @@ class Probe:
                     hidden, self._model.lm_head.weight, targets[..., number - 1], self._form
                 ).tokens()
 
+        if self._judge is not None:
+            with autocast(self._device, precision):
+                batch = self._judge(trunk(), batch)
         numbers = range(1, self._model.heads + 1)
         heads = [Head(number, batch, targets[..., number - 1], partial(look, number)) for number in numbers]
         return torch.stack([weigh(head).cpu() for head in heads], -1)

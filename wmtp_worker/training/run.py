@@ -2,14 +2,14 @@
 
 import logging
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from wmtp_worker.checkpoint.export import read_facts
 from wmtp_worker.checkpoint.ledger import How, Ledger, Phases, read_heartbeat
 from wmtp_worker.checkpoint.losses import summarise
 from wmtp_worker.checkpoint.manifest import read_manifest
@@ -19,13 +19,14 @@ from wmtp_worker.errors import (
     DiskFullError,
     Interrupted,
     NotSafeError,
-    TrainingDiverged,
+    RunHeldError,
     WorkerError,
 )
 from wmtp_worker.host.notices import NoticeWatcher
 from wmtp_worker.host.stop import StopRequest
 from wmtp_worker.host.watchdog import Watchdog
 from wmtp_worker.host.workdir import prepare
+from wmtp_worker.model.sharding import check_ranks
 from wmtp_worker.redact import redact
 from wmtp_worker.settings import Settings
 from wmtp_worker.settings.stages import policy_run, value_run
@@ -37,13 +38,13 @@ from wmtp_worker.tracking.heartbeat import Heartbeat
 from wmtp_worker.tracking.metrics import MetricsLog
 from wmtp_worker.tracking.session import Tracking
 from wmtp_worker.training.bucket import RunBucket
+from wmtp_worker.training.first_stage import is_finished, publish_rest
 from wmtp_worker.training.follower import NoMetrics, NoTracking
 from wmtp_worker.training.group import Group, RankLost, join
 from wmtp_worker.training.loop import train
-from wmtp_worker.training.report import note_settings, write_report
+from wmtp_worker.training.report import note_settings, write_in_time
 from wmtp_worker.training.session import Session
-from wmtp_worker.training.setup import build_session, check_group, restore
-from wmtp_worker.training.splits import order
+from wmtp_worker.training.setup import build_session, restore
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ def run(settings: Settings, stop: StopRequest, console: Console) -> Summary | No
     """
     limit = _TIMEOUT_FACTOR * settings.host.hang_seconds or _LONGEST_WAIT
     with join(settings.host.device, limit) as group:
-        check_group(settings, group)
+        check_ranks(settings, group.world)
         return _stages(settings, group, stop, console)
 
 
@@ -108,7 +109,9 @@ def _stages(settings: Settings, group: Group, stop: StopRequest, console: Consol
         values = value_run(settings)
         if settings.run.stage == "value":
             return train_stage(values, group, stop, console)
-        finished = group.first and _is_finished(values, stop, console)
+        finished = group.first and is_finished(values, stop, console)
+        if finished:
+            not_safe = publish_rest(values, stop, console)
         group.after_first("finished", stop.check)
         if not group.of_first(finished):
             try:
@@ -116,25 +119,9 @@ def _stages(settings: Settings, group: Group, stop: StopRequest, console: Consol
             except NotSafeError as error:  # to be told, but no reason for the policy to wait
                 not_safe = error
     summary = train_stage(policy_run(settings), group, stop, console)
-    if not_safe is not None:
+    if not_safe is not None and (not_safe := publish_rest(values, stop, console)) is not None:
         raise not_safe
     return summary
-
-
-def _is_finished(settings: Settings, stop: StopRequest, console: Console) -> bool:
-    """Whether `final.pt` of a run that was trained with these settings is here now."""
-    paths = RunPaths(settings.run.workdir, settings.run.name)
-    if settings.run.resume != "auto":
-        return False
-    prepare(paths.workdir)
-    with logging_to_console(settings.logging.level, console), RunBucket(settings, paths, stop.check) as bucket:
-        bucket.fetch_final()
-        made_with = read_facts(paths.final).get("identity", {})
-        # what else is in there are digests, which the second stage compares with its own
-        finished = all(made_with.get(key) == value for key, value in (settings.identity() | order(settings)).items())
-        if finished:
-            log.info("the value model is trained: %s", paths.final)
-        return finished
 
 
 def train_run(settings: Settings, group: Group, stop: StopRequest, console: Console) -> Summary:
@@ -240,46 +227,55 @@ def _wait_for_end(group: Group, paths: RunPaths, watchdog: Watchdog) -> None:
 
 def _run(session: Session, ledger: Ledger, console: Console, started: float) -> Summary:
     paths, heartbeat = session.paths, session.heartbeat
-    try:
+    with _ending(session, ledger):
         restore(session)
         note_settings(session.settings, paths)
         ledger.phases.done("restore")
-        first = session.progress.step
-        with (
-            MetricsLog(paths.metrics, session.progress.metrics_size) as metrics,
-            _tracking(session) as tracking,
-        ):
-            session.tracking = tracking
-            with session.open(metrics, ledger) as saving:
-                _train_or_save(session, ledger, console)
-                saving.finish()
-            session.check()
-            _export(session)
-            ledger.end("finished", session.progress.step)
-            _report(paths)
-            tracking.mark("FINISHED")
-            _publish(session)
-            heartbeat.beat("done", step=session.progress.step)
-        log.info("%s", summarise(ledger.events).sentence())
-        return _summary(session, first, time.perf_counter() - started)
+        metrics = MetricsLog(paths.metrics, session.progress.metrics_size)
+    first = session.progress.step
+    # the innermost: what it writes is sent, too
+    with metrics, _tracking(session) as tracking, _ending(session, ledger):
+        session.tracking = tracking
+        with session.open(metrics, ledger) as saving:
+            _train_or_save(session, ledger, console)
+            saving.finish()
+        session.check()
+        _export(session)
+        ledger.end("finished", session.progress.step)
+        write_in_time(paths.record, session.stop)
+        tracking.mark("FINISHED")
+        _publish(session)
+        heartbeat.beat("done", step=session.progress.step)
+    log.info("%s", summarise(ledger.events).sentence())
+    return _summary(session, first, time.perf_counter() - started)
+
+
+@contextmanager
+def _ending(session: Session, ledger: Ledger) -> Iterator[None]:
+    """Put what ends the run into its ledger, and make its page."""
+    paths = session.paths
+    try:
+        yield
     except Exception as error:
         how: How = "notice" if isinstance(error, Interrupted) else "failed"
         ledger.end(how, session.progress.step, detail=redact(str(error)))
-        if isinstance(error, TrainingDiverged):
-            _report(paths)  # somebody will want to see where
+        theirs = isinstance(error, RunHeldError)  # another machine goes on with it
+        if ledger.ended != "finished" and not theirs and paths.metrics.exists():
+            write_in_time(paths.record, session.stop)
         raise
 
 
 def _tracking(session: Session) -> Tracking:
     """Not before the metrics are cut back to the checkpoint: what is read from them is what counts."""
-    settings = session.settings
+    settings, bucket = session.settings, session.bucket
     return Tracking(
         settings.tracking,
         session.paths,
-        describe(settings, session.identity, session.group.device.type, session.bucket.url),
+        describe(settings, session.identity, session.group.device.type, bucket.url),
         start=session.progress.step,
         resume=settings.run.resume,
         seconds_left=lambda: session.stop.seconds_left,
+        measure=dict if bucket.url is None else lambda: {"checkpoint_lag_steps": bucket.lag},
     )
 
 
@@ -319,14 +315,6 @@ def _publish(session: Session) -> None:
             where=str(paths.checkpoints),
             fix="free some space and start again: the steps since the last checkpoint are trained again",
         )
-
-
-def _report(paths: RunPaths) -> None:
-    try:
-        write_report([paths.record], paths.record.report)
-    except Exception as error:
-        # the training is done and saved: a page that fails must not make it look otherwise
-        log.warning("no report: %s", error, exc_info=not isinstance(error, WorkerError))
 
 
 def _train_or_save(session: Session, ledger: Ledger, console: Console) -> None:

@@ -79,7 +79,7 @@ class Scorer:
         return [whole[start:end] for start, end in pairwise(bounds)]
 
     def _digest(self, frozen: Frozen, digests: Sequence[str], samples: Sequence[Sample]) -> str:
-        facts = ["2", frozen.column, *digests, self._precision, self._sequence_length, PART]
+        facts = ["3", frozen.column, *digests, self._precision, self._sequence_length, PART]
         total = hashlib.sha256(json.dumps(facts).encode())
         for sample in samples:
             total.update(len(sample.ids).to_bytes(8, "big") + sample.ids.tobytes())

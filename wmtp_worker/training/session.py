@@ -15,7 +15,13 @@ from pydantic import Field
 import wmtp_worker
 from wmtp_worker.checkpoint.export import save_weights, step_of
 from wmtp_worker.checkpoint.ledger import Ledger
-from wmtp_worker.checkpoint.optimizer import expected_tensors, load_optimizer, optimizer_tensors, read_optimizer
+from wmtp_worker.checkpoint.optimizer import (
+    MOMENT_TYPES,
+    expected_tensors,
+    load_optimizer,
+    optimizer_tensors,
+    read_optimizer,
+)
 from wmtp_worker.checkpoint.ranks import ALONE, logical_name
 from wmtp_worker.checkpoint.restore import Checkpoint
 from wmtp_worker.checkpoint.snapshot import FROZEN, MODEL, OPTIMIZER, Snapshot, split_frozen
@@ -25,6 +31,7 @@ from wmtp_worker.host.stop import StopRequest
 from wmtp_worker.model.loading import check_shapes, load_tensors, tensors
 from wmtp_worker.redact import redact, redact_values
 from wmtp_worker.settings import Settings
+from wmtp_worker.settings.schema import UNNAMED
 from wmtp_worker.storage.layout import RunPaths
 from wmtp_worker.tracking.heartbeat import Heartbeat
 from wmtp_worker.tracking.metrics import MetricsLog
@@ -42,7 +49,7 @@ log = logging.getLogger(__name__)
 STATE = "state.json"
 SETTINGS = "settings.json"
 CONFIG = "config.json"
-VALUE_MARK = "value.objective"  # only value models have it in their identity
+POLICY_MARK = "weighting.family"  # only policies have it in their identity
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -126,7 +133,7 @@ class Session:
             ranks=self.group.ranks if self.sharded else ALONE,
         )
         trainable, _ = split_frozen(self.task.model.named_parameters())
-        moments = expected_tensors(self.parameter_names)
+        moments = expected_tensors(self.parameter_names, self._moments)
         to_come = 0
         if self.group.device.type == "cpu":  # gradients, and the moments of an optimizer that was not restored
             state = {} if self.optimizer.state else moments
@@ -182,6 +189,10 @@ class Session:
     @property
     def parameter_names(self) -> dict[torch.Tensor, str]:
         return {parameter: name for name, parameter in self.task.model.named_parameters()}
+
+    @property
+    def _moments(self) -> torch.dtype:
+        return MOMENT_TYPES[self.settings.training.moments]
 
     @property
     def finished(self) -> bool:
@@ -254,9 +265,9 @@ class Session:
         if checkpoint.manifest.kind == "trainable":
             log.warning("%s is an emergency save without the optimizer's state, which starts anew", where)
         elif self.sharded:
-            read_optimizer(self.optimizer, self.parameter_names, checkpoint.pieces(OPTIMIZER), where)
+            read_optimizer(self.optimizer, self.parameter_names, checkpoint.pieces(OPTIMIZER), where, self._moments)
         else:
-            load_optimizer(self.optimizer, self.parameter_names, checkpoint.tensors(OPTIMIZER), where)
+            load_optimizer(self.optimizer, self.parameter_names, checkpoint.tensors(OPTIMIZER), where, self._moments)
         self.progress = state.progress
         self.task.averages = state.weighting
         self.resumed_from = self.progress.step
@@ -291,9 +302,9 @@ class Session:
             self.progress.best_loss, self.progress.without_improvement = None, 0
 
     def _check_settings(self, checkpoint: Checkpoint) -> None:
-        saved = checkpoint.document(SETTINGS, dict[str, dict[str, Any]]).get("identity", {})
-        stages = {False: "a policy", True: "a value model"}
-        trained, wanted = VALUE_MARK in saved, VALUE_MARK in self.identity
+        saved = UNNAMED | checkpoint.document(SETTINGS, dict[str, dict[str, Any]]).get("identity", {})
+        stages = {True: "a policy", False: "a value model"}
+        trained, wanted = POLICY_MARK in saved, POLICY_MARK in self.identity
         if trained != wanted:
             raise InputError(
                 f"the run {self.paths.run} trained {stages[trained]}, and is to train {stages[wanted]}",

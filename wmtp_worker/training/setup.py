@@ -1,24 +1,27 @@
 """Stage 0: from settings to a session that is ready to train."""
 
 import logging
-from collections.abc import Iterable
-from typing import Any
 
 import torch
 from rich.console import Console
 
+from wmtp_worker.checkpoint.optimizer import moment_bytes
 from wmtp_worker.checkpoint.restore import Checkpoint, find
-from wmtp_worker.errors import DiskFullError, SettingsError
+from wmtp_worker.errors import DiskFullError
 from wmtp_worker.host.device import make_deterministic, set_threads
 from wmtp_worker.host.limits import disk_free
 from wmtp_worker.host.stop import StopRequest
+from wmtp_worker.model.sharding import WEIGHT, choose_shards, training_bytes
+from wmtp_worker.model.unread import unread
 from wmtp_worker.settings import Settings
 from wmtp_worker.storage.atomic import set_aside
 from wmtp_worker.storage.layout import RunPaths
 from wmtp_worker.tracking.heartbeat import Heartbeat
 from wmtp_worker.training.bucket import RunBucket
-from wmtp_worker.training.gradients import spread
+from wmtp_worker.training.compiling import compile_layers
+from wmtp_worker.training.gradients import fill, spread
 from wmtp_worker.training.group import Group
+from wmtp_worker.training.optimizer import make_optimizer
 from wmtp_worker.training.scores import Scorer
 from wmtp_worker.training.session import Session
 from wmtp_worker.training.splits import order
@@ -26,11 +29,6 @@ from wmtp_worker.training.stages import policy_task, value_task
 from wmtp_worker.training.task import Task
 
 log = logging.getLogger(__name__)
-
-# all fp32: weights, and AdamW's two moments of those that are trained
-_BYTES_OF_WEIGHT, _BYTES_OF_MOMENTS = 4, 8
-# the rest is for activations, and a head's logits
-_SHARE_OF_DEVICE = 0.6
 
 
 def build_session(
@@ -61,17 +59,20 @@ def build_session(
         scorer = Scorer(settings, group.device, poll, heartbeat, console)
         task, digests = policy_task(settings, group, poll, heartbeat, scorer)
     model: torch.nn.Module = task.model
-    shards = choose_shards(settings, group, model)
-    if shards == 1:  # else only its part goes there
-        model.to(group.device)
-    gradients = spread(model.train(), group, shards)
+    shards = _shards(settings, group, model)
+    compile_layers(settings, model)
+    with heartbeat.during("model"):  # what is unread is read now
+        if shards == 1:  # else only its part goes there
+            fill(model, unread(model), group.device)
+            model.to(group.device)
+        gradients = spread(model.train(), group, shards, settings.training.precision)
     return Session(
         settings=settings,
         paths=paths,
         group=group,
         gradients=gradients,
         task=task,
-        optimizer=_optimizer(settings, model),
+        optimizer=make_optimizer(settings, model),
         identity={
             **settings.identity(),
             **order(settings),
@@ -85,63 +86,20 @@ def build_session(
     )
 
 
-def check_group(settings: Settings, group: Group) -> None:
-    """Raise `SettingsError` unless the ranks can share the micro-batches of a step, and the model, evenly."""
-    passes, world = settings.training.accumulation, group.world
-    if passes % world:
-        raise SettingsError(
-            f"training.accumulation={passes} micro-batches cannot be shared by {world} processes",
-            where=settings.sources.get("training.accumulation", "settings"),
-            fix=f"set training.accumulation={-(-passes // world) * world}, and training.micro_batch_size so that a "
-            "step has the rows it should have",
-        )
-
-    shards = settings.parallel.shards
-    if shards != "auto" and world > 1 and world % shards:
-        raise SettingsError(
-            f"{world} processes cannot hold copies of {shards} shards each",
-            where=settings.sources.get("parallel.shards", "settings"),
-            fix=f"set parallel.shards to auto, 1, {world} or another number that divides {world}",
-        )
+def _shards(settings: Settings, group: Group, model: torch.nn.Module) -> int:
+    """How many ranks hold one copy of the model."""
+    parameters, trained = _count(model)
+    needed = training_bytes(parameters, trained, moment_bytes(settings.training.moments))
+    cuda = group.device.type == "cuda"
+    memory = torch.cuda.get_device_properties(group.device).total_memory if cuda else None
+    # where GPUs differ, the smallest decides
+    return int(group.most(choose_shards(settings, group.world, needed, memory)))
 
 
-def choose_shards(settings: Settings, group: Group, model: torch.nn.Module) -> int:
-    """How many ranks hold one copy of the model: `parallel.shards`, or what the device's memory asks for."""
-    if group.world == 1:
-        return 1
-    wanted = settings.parallel.shards
-    if wanted == "auto":
-        if group.device.type != "cuda":
-            return 1
-        memory = torch.cuda.get_device_properties(group.device).total_memory
-        return 1 if training_bytes(model) < _SHARE_OF_DEVICE * memory else group.world
-    return wanted
-
-
-def training_bytes(model: torch.nn.Module) -> int:
-    """What a whole copy takes on each rank: weights, gradients twice (once on their way), moments."""
-    parameters = list(model.parameters())
-    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    frozen = sum(parameter.numel() for parameter in parameters) - trained
-    return frozen * _BYTES_OF_WEIGHT + trained * (3 * _BYTES_OF_WEIGHT + _BYTES_OF_MOMENTS)
-
-
-def _optimizer(settings: Settings, model: torch.nn.Module) -> torch.optim.AdamW:
-    """AdamW; matrices decay, norms do not."""
-    training = settings.training
-
-    def having(matrix: bool) -> Iterable[torch.nn.Parameter]:
-        trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
-        return [parameter for parameter in trained if (parameter.ndim >= 2) == matrix]
-
-    groups: list[dict[str, Any]] = [
-        {"params": having(True), "weight_decay": training.weight_decay},
-        {"params": having(False), "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]  # adapters have no norms
-    return torch.optim.AdamW(
-        groups, lr=training.lr, betas=(training.beta1, training.beta2), eps=training.eps, fused=True
-    )
+def _count(model: torch.nn.Module) -> tuple[int, int]:
+    """Parameters: all, and those that are trained."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
 
 
 def restore(session: Session) -> None:
@@ -210,9 +168,8 @@ def _warn_of_fresh_start(session: Session, damaged: bool) -> None:
 
 
 def _check_disk(session: Session) -> None:
-    parameters = list(session.task.model.parameters())
-    needed = sum(parameter.numel() for parameter in parameters) * _BYTES_OF_WEIGHT
-    needed += sum(parameter.numel() for parameter in parameters if parameter.requires_grad) * _BYTES_OF_MOMENTS
+    parameters, trained = _count(session.task.model)
+    needed = parameters * WEIGHT + trained * moment_bytes(session.settings.training.moments)
     free = disk_free(session.paths.checkpoints)
     # the first save takes the place of older ones, where the process before this one trained on with a full disk
     older = [session.paths.step(step) for step in session.paths.steps() if step < session.progress.step]
@@ -238,3 +195,7 @@ def _log_facts(session: Session) -> None:
         session.threads,
         ranks,
     )
+    if session.settings.model.path and session.settings.data.dataset == "sample":
+        log.warning(
+            "data.dataset=sample: the packaged problems, enough to try things out; name the data set to train on"
+        )

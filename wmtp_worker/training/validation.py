@@ -7,11 +7,11 @@ from itertools import islice
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from wmtp_worker.data.packing import IGNORE, Batch
 from wmtp_worker.model.mtp import MTPForCausalLM, packed_attention_mask
 from wmtp_worker.training.group import Group
+from wmtp_worker.training.linear_cross_entropy import LinearCrossEntropy
 from wmtp_worker.training.loss import autocast, mtp_labels
 
 
@@ -64,14 +64,14 @@ def validate(
             with autocast(group.device, precision):
                 trunk = model.trunk(batch.input_ids, batch.position_ids, packed_attention_mask(batch.segment_ids))
                 for head in range(heads):
-                    labelled = targets[..., head] != IGNORE
-                    logits = model.head_logits(head + 1, trunk)[labelled].float()
+                    hidden = model.head_hidden(head + 1, trunk)
                     if not counted:
                         continue
-                    labels = targets[..., head][labelled]
-                    loss_sums[head] += float(F.cross_entropy(logits, labels, reduction="sum"))
-                    correct[head] += float((logits.argmax(-1) == labels).sum())
-                    counts[head] += labels.numel()
+                    labels = targets[..., head]
+                    found = LinearCrossEntropy(hidden, model.lm_head.weight, labels).results()
+                    loss_sums[head] += float(found.cross_entropy.sum())
+                    correct[head] += float(found.right.sum())
+                    counts[head] += float((labels != IGNORE).sum())
     finally:
         model.train()
     loss_sums, correct, counts = group.sum(sums)

@@ -1,12 +1,4 @@
-"""Stage 1 as a task: a value model learns to tell correct from incorrect solutions.
-
-    pairwise        -log σ(V(correct) - V(incorrect)), V at the last token of each       mean over the pairs of a step
-    lambda_return   (V_t - G_t)², G the λ-return of the reward 1 or 0                    mean over the states of a step
-
-The first is the Bradley-Terry model of preferences as reward models learn it, from the end of a solution (Ouyang et al.
-2022, "InstructGPT", eq. 1). The second is TD(λ) with a forward view (`weighting.critic.lambda_returns`); no gradient
-goes through its target. A state is what was written so far: after the prompt, and after each token of the solution.
-"""
+"""Stage 1 as a task: a value model learns to tell correct from incorrect solutions (`objective`)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,35 +6,23 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from wmtp_worker.data.dataset import Dataset
-from wmtp_worker.data.packing import IGNORE, Batch, pack
+from wmtp_worker.data.packing import Batch, pack
 from wmtp_worker.data.pairs import Pair, PairRows
 from wmtp_worker.errors import InputError
+from wmtp_worker.host.device import deterministic_backward
 from wmtp_worker.model.mtp import packed_attention_mask
 from wmtp_worker.model.value import ValueModel
 from wmtp_worker.settings import Settings
 from wmtp_worker.training.families import REWARD
 from wmtp_worker.training.group import Group
 from wmtp_worker.training.loss import autocast
+from wmtp_worker.training.objective import Objective, bradley_terry, ranked_right, states
 from wmtp_worker.training.quality import Quality, explained_variance, quality, reliability
 from wmtp_worker.training.task import Backward, Step
-from wmtp_worker.weighting.critic import lambda_returns
 from wmtp_worker.weighting.spans import last_tokens
 from wmtp_worker.weighting.statistics import Moments, MovingAverage
-
-
-def bradley_terry(correct: torch.Tensor, incorrect: torch.Tensor) -> torch.Tensor:
-    """-log σ(correct - incorrect) of each pair: float32 [pairs] both, and out."""
-    return F.softplus(incorrect - correct)
-
-
-def states(batch: Batch) -> torch.Tensor:
-    """bool [batch, time]: the tokens of a solution, and the last one of its prompt."""
-    inside = batch.labels != IGNORE
-    inside[:, :-1] |= inside[:, 1:] & (batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1])
-    return inside
 
 
 @dataclass(frozen=True)
@@ -122,19 +102,19 @@ class ValueTask:
         self.data = data
         self.averages: Mapping[str, MovingAverage] = {}
         self._exam = exam
-        self._pairwise = settings.value.objective == "pairwise"
-        self._gamma, self._lam = settings.weighting.critic.gamma, settings.weighting.critic.lam
+        self._objective = Objective.of(settings)
         self._precision = settings.training.precision
         self._group = group
         self._sums = torch.zeros(2, device=group.device)
         self._count = 1
 
     def begin(self, step: int, batches: Sequence[Batch]) -> list[Backward]:
-        counted = (last_tokens(batch.segment_ids) if self._pairwise else states(batch) for batch in batches)
+        pairwise = self._objective.pairwise
+        counted = (last_tokens(batch.segment_ids) if pairwise else states(batch) for batch in batches)
         total = sum(int(mask.sum()) for mask in counted)
-        self._count = max(total // 2 if self._pairwise else total, 1)
+        self._count = max(total // 2 if pairwise else total, 1)
         self._sums = torch.zeros(2, device=self._group.device)
-        learn = self._rank if self._pairwise else self._regress
+        learn = self._rank if pairwise else self._regress
         return [partial(learn, batch) for batch in batches]
 
     def _rank(self, batch: Batch) -> None:
@@ -144,27 +124,22 @@ class ValueTask:
         # the first half of the rows are the correct ones
         correct, incorrect = values[last_tokens(batch.segment_ids)].chunk(2)
         losses = bradley_terry(correct, incorrect)
-        (losses.sum() / self._count).backward()
-        right = ((correct - incorrect).detach().sign() + 1) / 2
-        self._sums += torch.stack([losses.detach().sum(), right.sum()])
+        with deterministic_backward():
+            (losses.sum() / self._count).backward()
+        self._sums += torch.stack([losses.detach().sum(), ranked_right(correct, incorrect)])
 
     def _regress(self, batch: Batch) -> None:
         batch = batch.to(self._group.device)
         with autocast(self._group.device, self._precision):
             values = self._values(batch)
-        errors = self._errors(values, batch)
-        (errors.sum() / self._count).backward()
+        errors = self._objective.errors(values, batch, REWARD)
+        with deterministic_backward():
+            (errors.sum() / self._count).backward()
         self._sums[0] += errors.detach().sum()
 
     def _values(self, batch: Batch) -> torch.Tensor:
         values: torch.Tensor = self.model(batch.input_ids, batch.position_ids, packed_attention_mask(batch.segment_ids))
         return values
-
-    def _errors(self, values: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Squared errors of the states: float32 [states]."""
-        targets = lambda_returns(values, batch.columns[REWARD], batch.segment_ids, self._gamma, self._lam)
-        mask = states(batch)
-        return (values[mask] - targets[mask]).square()
 
     def loss(self) -> float:
         self._sums = self._group.sum(self._sums)
@@ -172,17 +147,13 @@ class ValueTask:
 
     def end(self, counted: bool) -> Step:
         said = {"value_loss": float(self._sums[0]) / self._count}
-        if not self._pairwise:
+        if not self._objective.pairwise:
             return Step(said)
         right = float(self._sums[1]) / self._count
         return Step(said | {"pairwise_accuracy": right}, f"  pairwise accuracy {right:.1%}")
 
     def record(self, step: int) -> None:
         """Its numbers say it all."""
-
-    def chance(self, values: torch.Tensor) -> torch.Tensor:
-        """The probability of being correct that values stand for: σ(V) of ranked ones, V itself of returns."""
-        return values.sigmoid() if self._pairwise else values.clamp(0, 1)
 
     @torch.no_grad()
     def validate(self, between: Callable[[], None]) -> ValueReport:
@@ -197,24 +168,19 @@ class ValueTask:
                 with autocast(self._group.device, self._precision):
                     values = self._values(batch)
                 ends.append(values[last_tokens(batch.segment_ids)].cpu())
-                mask = states(batch)
-                # ranked values know no discount
-                returns = lambda_returns(
-                    values, batch.columns[REWARD], batch.segment_ids, 1.0 if self._pairwise else self._gamma, 1.0
-                )
-                said = values.sigmoid() if self._pairwise else values
-                errors += Moments.of(returns - said, mask)
-                targets += Moments.of(returns, mask)
-                if not self._pairwise:
-                    squares = self._errors(values, batch)
+                missed, returns = self._objective.explained(values, batch, REWARD)
+                errors, targets = errors + missed, targets + returns
+                if not self._objective.pairwise:
+                    squares = self._objective.errors(values, batch, REWARD)
                     loss, count = loss + float(squares.sum()), count + len(squares)
         finally:
             self.model.train()
         judged, pairs = torch.cat(ends), self._exam.pairs
-        if self._pairwise:
+        chance = self._objective.chance(judged)
+        if self._objective.pairwise:
             correct, incorrect = (judged[[getattr(pair, side) for pair in pairs]] for side in ("correct", "incorrect"))
             loss, count = float(bradley_terry(correct.double(), incorrect.double()).sum()), len(pairs)
-        found: Quality = quality(judged, self.chance(judged), self._exam.correct, pairs)
+        found: Quality = quality(judged, chance, self._exam.correct, pairs)
         return ValueReport(
             value_loss=loss / count,
             pairwise_accuracy=found.pairwise_accuracy,
@@ -223,7 +189,7 @@ class ValueTask:
             calibration=found.calibration,
             pairs=len(pairs),
             samples=len(judged),
-            reliability=reliability(self.chance(judged), self._exam.correct),
+            reliability=reliability(chance, self._exam.correct),
         )
 
     def __str__(self) -> str:

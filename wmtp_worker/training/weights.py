@@ -13,11 +13,11 @@ from wmtp_worker.data.packing import IGNORE, Batch
 from wmtp_worker.errors import InputError
 from wmtp_worker.settings import WeightingSettings
 from wmtp_worker.training.families import (
+    VALUE,
     Memory,
     after_the_policy,
     before_the_policy,
     is_exponential,
-    looks_at_losses,
 )
 from wmtp_worker.training.loss import Head, Weigh
 from wmtp_worker.weighting import random_matched, shuffled
@@ -55,8 +55,9 @@ class Weighter:
     What is known before the policy runs (uniform, critic, grpo without KL) is whitened and normalised over the whole
     step, all heads together, so accumulation equals one large batch. Families that look at the policy's losses (rho1,
     gradient, grpo with KL) are weighed and normalised for each head and micro-batch, from the forward pass that the
-    head is trained by. Controls draw from (seed, step, micro-batch, head) alone: `memory.averages` is all there is to
-    save.
+    head is trained by. The critic is in between where its values are learned beside the policy: each micro-batch is
+    whitened and normalised by itself, all heads together, once it has its values. Controls draw from (seed, step,
+    micro-batch, head) alone: `memory.averages` is all there is to save.
 
     Several ranks are each told of the whole step, and ask for the weights of their own micro-batches.
     """
@@ -89,8 +90,10 @@ class Weighter:
         or when a `Weigh` is called.
         """
         self._given = []
-        if looks_at_losses(self._settings):
+        if self._settings.looks_at_losses:
             return [partial(self._while_it_runs, step, number) for number in range(len(batches))]
+        if self._settings.learns_values:
+            return [self._once_judged(step, number, target != IGNORE) for number, target in enumerate(targets)]
         self._draw_from(step)
         masks = [target != IGNORE for target in targets]
         raw = before_the_policy(self._settings, batches, masks, self.memory)
@@ -107,7 +110,7 @@ class Weighter:
         """
         settings = self._settings
         told = self._told(counted)
-        if looks_at_losses(settings):  # else every rank has seen the whole step
+        if settings.looks_at_losses or settings.learns_values:  # else every rank has seen the whole step
             told = sum(self._gather(told), _Told())
         facts: dict[str, Any] = told.weights.facts()
         if counted and facts.get("weight_std"):
@@ -151,6 +154,26 @@ class Weighter:
         self._draw_from(step, number, head.number)
         raw = self._control(raw, labelled, head.batch.segment_ids)
         return self._normalised(raw, labelled)[..., 0]
+
+    def _once_judged(self, step: int, number: int, mask: torch.Tensor) -> Weigh:
+        """All heads' weights are made when the first one asks."""
+        made: list[torch.Tensor] = []
+
+        def weigh(head: Head) -> torch.Tensor:
+            if not made:
+                made.append(self._judged(step, number, head.batch, mask.to(head.targets.device)))
+            return made[0][..., head.number - 1]
+
+        return weigh
+
+    def _judged(self, step: int, number: int, batch: Batch, mask: torch.Tensor) -> torch.Tensor:
+        if not torch.isfinite(batch.columns[VALUE]).all():
+            ones = torch.ones_like(mask, dtype=torch.float32)  # as above
+            self._given.append((ones, ones, mask))
+            return ones
+        (raw,) = before_the_policy(self._settings, [batch], [mask], self.memory)
+        self._draw_from(step, number)
+        return self._normalised(self._control(raw, mask, batch.segment_ids), mask)
 
     def _control(self, raw: torch.Tensor, labelled: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
         if self._settings.control == "shuffled":

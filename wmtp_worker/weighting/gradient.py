@@ -5,9 +5,10 @@
     weight       w[t,k] = min(g[t,k], μ + c·σ) / μ
 
 μ and σ are the moving mean and deviation of g (`statistics.MovingAverage`), c the outlier bound. The gradient of
-cross-entropy with respect to logits is p - 1_y; both norms come with the losses, from the pass over the logits that
-the training makes anyway (`training.linear_cross_entropy`). Its norm as importance: Katharopoulos & Fleuret (2018),
-"Not All Samples Are Created Equal", and the EL2N score of Paul et al. (2021), "Deep Learning on a Data Diet".
+cross-entropy with respect to logits is p - 1_y; both norms come with the losses, from one pass over the logits, after
+which the unembedding's gradient takes a second one (`training.linear_cross_entropy`). Its norm as importance:
+Katharopoulos & Fleuret (2018), "Not All Samples Are Created Equal", and the EL2N score of Paul et al. (2021), "Deep
+Learning on a Data Diet".
 """
 
 import torch

@@ -1,9 +1,10 @@
 """GRPO weights: a token counts by how much better its solution is than the others for the same problem.
 
     advantage    A_i = (r_i - mean(r of the group)) / (std(r of the group) + ε)   DeepSeekMath, Shao et al. (2024), §4.1
-    with KL      A_ij = A_i - κ·KL_ij,  KL_ij = exp(d) - d - 1,  d = log π_ref - log π    (their eq. 4, Schulman's k3)
+    with KL      A_ij = A_i - κ·KL_ij of head 1,  KL_ij = exp(d) - d - 1, d = log π_ref - log π  (their eq. 4, k3)
     weight       w[t,k] = clip(exp(clip(A_{t+k}, ±c) / β), low, high)                     as `critic.weights`
 
+KL compares next-token distributions: further heads, which lack k-1 tokens that the reference sees, have none.
 Off-policy and without negative weights: bad solutions are learned from less, not unlearned. ε as in TRL.
 """
 

@@ -1,4 +1,10 @@
-"""Uniform weights: every labelled token and head counts the same. The baseline, plain multi-token prediction."""
+"""Uniform weights: every labelled token and head counts the same.
+
+    weight       w[t,k] = 1
+
+The baseline, plain multi-token prediction: Gloeckle et al. (2024), "Better & Faster Large Language Models via
+Multi-token Prediction", eq. 2.
+"""
 
 import torch
 

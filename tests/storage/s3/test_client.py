@@ -253,7 +253,7 @@ class Test_settings:
         cloud |= {"provider": "s3", "bucket": s3_server.make_bucket(), "endpoint_url": s3_server.endpoint}
         environ = os.environ | s3_server.environ | {"AWS_SESSION_TOKEN": "p1anted-session-token"}
         done = subprocess.run(
-            [sys.executable, "-c", program, json.dumps(cloud)], env=environ, capture_output=True, text=True, timeout=60
+            [sys.executable, "-c", program, json.dumps(cloud)], env=environ, capture_output=True, text=True, timeout=180
         )
         assert "ERROR" in done.stdout
         assert "p1anted-session-token" not in done.stdout + done.stderr

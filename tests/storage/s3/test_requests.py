@@ -151,9 +151,10 @@ class Test_faults_of_the_way:
         assert bytes(store.get("key")[1]) == data[: 1 << 18]
 
     def test_a_stalled_connection_is_given_up(self, proxied, monkeypatch):
-        monkeypatch.setattr(s3_client, "READ_SECONDS", 0.5)
-        store, proxy = proxied()
-        store.put("key", b"x" * 100_000)
+        first, _ = proxied()
+        first.put("key", b"x" * 100_000)
+        monkeypatch.setattr(s3_client, "READ_SECONDS", 2.0)
+        store, proxy = proxied(prefix=first.url.rpartition("/")[2])
         for direction, match, call in (
             ("down", "^GET", lambda: store.get("key")),
             ("up", "^PUT", lambda: store.put("key", b"y" * 100_000)),
@@ -163,7 +164,7 @@ class Test_faults_of_the_way:
             began = time.monotonic()
             with pytest.raises(TransientError):
                 call()
-            assert time.monotonic() - began < 5
+            assert time.monotonic() - began < 40
             assert proxy.pending == 0
 
     def test_a_bucket_that_disappears(self, s3_server, opened, seaweed):

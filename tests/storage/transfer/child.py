@@ -1,9 +1,12 @@
-"""A process that pushes or pulls slowly, to be killed: `child.py push|pull FOLDER STATE BANDWIDTH PART_SIZE`.
+"""A process that pushes or pulls slowly, to be killed: `child.py push|pull FOLDER STATE BANDWIDTH PART_SIZE KILL_AT`.
 
-The bucket is that of its environment. Says `started` when the first bytes travel, and its report at the end.
+The bucket is that of its environment. Says `started` when the first bytes travel, kills itself when KILL_AT bytes are
+there (0: never), and says its report at the end.
 """
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -13,9 +16,12 @@ from wmtp_worker.storage.transfer import Transfer
 
 
 class Announce:
-    """Progress that tells when the first bytes are there."""
+    """Progress that tells when the first bytes are there, and ends it all when so many are."""
 
-    told = False
+    def __init__(self, kill_at):
+        self._kill_at = kill_at
+        self._there = 0
+        self.told = False
 
     def start(self, total):
         pass
@@ -24,15 +30,23 @@ class Announce:
         if not self.told:
             self.told = True
             print("started", flush=True)
+        self._there += size
+        if 0 < self._kill_at <= self._there:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def finish(self):
         pass
 
 
 def main():
-    what, folder, state, bandwidth, part_size = sys.argv[1:]
+    what, folder, state, bandwidth, part_size, kill_at = sys.argv[1:]
     store = open_store(load(preset="smoke").cloud)
-    settings = {"bandwidth": float(bandwidth), "part_size": int(part_size), "progress": Announce(), "concurrency": 8}
+    settings = {
+        "bandwidth": float(bandwidth),
+        "part_size": int(part_size),
+        "progress": Announce(float(kill_at)),
+        "concurrency": 8,
+    }
     with Transfer(store, Path(state), **settings) as transfer:
         way = {
             "push": lambda: transfer.push(Path(folder), "p"),

@@ -25,7 +25,7 @@ PART = 64 << 10
 def _nothing_leaks(tmp_path: Path) -> Iterator[None]:
     """After each test its threads, open files and connections to the journal are gone."""
     yield
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while (left := leaks(tmp_path)) and time.monotonic() < deadline:
         gc.collect()
         time.sleep(0.05)

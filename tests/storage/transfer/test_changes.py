@@ -213,7 +213,7 @@ def test_a_full_disk_is_said_and_cleaned_up(bucket, tmp_path, make_file, what):
         str(tmp_path / "disk"),
         str(tmp_path / "state"),
     ]
-    ran = subprocess.run([*command, what], capture_output=True, text=True, timeout=60)
+    ran = subprocess.run([*command, what], capture_output=True, text=True, timeout=180)
     assert ran.returncode == 0, ran.stderr
     assert "disk" in ran.stdout or "free" in ran.stdout
 

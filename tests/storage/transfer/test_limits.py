@@ -38,7 +38,7 @@ def test_one_piece_larger_than_the_budget_goes_alone():
         waiting.start()
         waiting.join(0.05)
         assert waiting.is_alive()
-    waiting.join(5)
+    waiting.join(60)
     assert not waiting.is_alive()
 
 
@@ -51,12 +51,14 @@ def test_small_pieces_do_not_starve_a_large_one():
 
     with budget.hold(5, never):
         threads = [threading.Thread(target=take, args=(size,)) for size in (10, 1)]
-        for thread in threads:
+        for waiting, thread in enumerate(threads, start=1):
             thread.start()
-            time.sleep(0.05)
+            deadline = time.monotonic() + 60
+            while len(budget._waiting) < waiting and time.monotonic() < deadline:
+                time.sleep(0.005)
         assert order == []
     for thread in threads:
-        thread.join(5)
+        thread.join(60)
     assert order == [10, 1]
 
 
@@ -79,10 +81,10 @@ def test_bandwidth_is_kept_by_many_threads_together():
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: bandwidth.take(10_000, never), range(50)))
     seconds = time.monotonic() - started
-    assert 0.45 < seconds < 2
+    assert 0.45 < seconds < 3.5  # were each to wait alone, it would be 4
 
 
 def test_no_cap_does_not_wait():
     started = time.monotonic()
     Bandwidth(0).take(1 << 40, never)
-    assert time.monotonic() - started < 0.1
+    assert time.monotonic() - started < 10

@@ -14,7 +14,7 @@ UNITS = 1000
 COLOURS = 8
 BUCKETS = 250  # points of a line: more than a screen shows apart
 _TABLE_ROWS = 9
-Style = Literal["line", "plain", "dots", "band", "bars", "dashed"]
+Style = Literal["line", "plain", "dots", "band", "bars", "dashed", "faint"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class Chart:
     table: Table
     level: float | None = None  # percent, of a line to compare with
     share: bool = False  # whether values are shares, to be said in percent
+    dashed: bool = False  # whether all lines but the first are: equal ones would hide each other
 
     @property
     def description(self) -> str:
@@ -89,11 +90,13 @@ def chart(
     x_number: Callable[[float], str] | None = None,
     level: float | None = None,
     share: bool = False,
+    dashed: bool = False,
 ) -> Chart | None:
     """The chart of these lines, None where none has a point.
 
     `zero`: the axis begins at 0; `top`: and ends there, if nothing is above. `number`, `x_number`: how values are
-    said. `level`: a value to compare with. `share`: y are parts of 1, which are said in percent.
+    said. `level`: a value to compare with. `share`: y are parts of 1, which are said in percent. `dashed`: lines that
+    may be equal, as those of heads, are told apart.
     """
     say, say_x = number or (percent if share else spell), x_number or spell
     reduced = [(line, *_reduce(line)) for line in lines]
@@ -122,7 +125,7 @@ def chart(
     y_ticks = [Tick(_percent(at, y0, y1), say(at)) for at in ticks(y0, y1)]
     table = _table([(line, x, y) for line, x, y, _, _ in reduced], x_name, say, say_x)
     at = None if level is None or not y0 <= level <= y1 else _percent(level, y0, y1)
-    return Chart(title, caption, x_name, drawn, x_ticks, y_ticks, (x0, x1, y0, y1), table, at, share)
+    return Chart(title, caption, x_name, drawn, x_ticks, y_ticks, (x0, x1, y0, y1), table, at, share, dashed)
 
 
 def _path(style: Style, x: Numbers, y: Numbers, place: Callable[[Numbers, Numbers], str]) -> str:

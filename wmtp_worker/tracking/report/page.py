@@ -94,5 +94,7 @@ def _figures(record: Record) -> list[Figure]:
         items = len(record.losses.get("interruptions", ()))
         found.append(Figure("steps lost", f"{record.losses.get('steps', 0):,}", f"in {counted(items, 'interruption')}"))
     if record.cost is not None:
-        found.append(Figure("cost", f"{record.cost:,.2f}", "at its price"))
+        found.append(
+            Figure("cost", f"{record.cost:,.2f}", "what has a price" if record.unpriced else "in the price's currency")
+        )
     return found

@@ -105,7 +105,8 @@ class Record:
     detail: str = ""  # of the end
     began: float | None = None  # seconds since the epoch
     running: float | None = None  # seconds, all processes together
-    cost: float | None = None  # of all that time, as far as prices are known
+    cost: float | None = None  # of all that time, in the unit of host.price_per_hour, as far as prices are known
+    unpriced: int = 0  # processes that the cost leaves out
     saves: Sequence[Save] = ()
     losses: Mapping[str, Any] = field(default_factory=dict)  # `checkpoint.losses.Losses.to_json`
     losses_sentence: str = ""

@@ -94,11 +94,13 @@ def by_head(columns: Columns, name: str, style: Style = "line") -> list[Line]:
 
 def _losses(record: Record) -> Section:
     train, checked = record.of("train"), record.of("validation")
+    if "loss" not in checked and "loss" not in train:
+        return Section("loss", "Loss", values.OBJECTIVE, [values.losses("Loss", record)])
     steps = train["step"]
     lines = [Line("training", steps, train["loss"], 2, "band")]
     if "unweighted_loss" in train and not np.allclose(train["unweighted_loss"], train["loss"], equal_nan=True):
         lines = [
-            Line("training, weighted", steps, train["loss"], 2, "band"),
+            Line("training, weighted", steps, train["loss"], 2, "faint"),
             Line("training, unweighted", steps, train["unweighted_loss"], 3),
         ]
     lines.append(Line("validation", checked["step"], checked["loss"], 1, "dots"))
@@ -109,15 +111,17 @@ def _losses(record: Record) -> Section:
         "Mean over the heads; head k predicts the token k positions ahead. Shaded: the range within each stretch.",
         [
             chart("Loss", lines, NATS),
-            chart("Validation loss by head", by_head(checked, "head_loss", "dots"), NATS),
-            chart("Training loss by head", by_head(train, unweighted), f"{NATS}, unweighted"),
+            chart("Validation loss by head", by_head(checked, "head_loss", "dots"), NATS, dashed=True),
+            chart("Training loss by head", by_head(train, unweighted), f"{NATS}, unweighted", dashed=True),
             chart(
                 "Validation accuracy by head",
                 by_head(checked, "head_accuracy", "dots"),
                 "how often the likeliest token is the true one",
                 zero=True,
                 share=True,
+                dashed=True,
             ),
+            values.losses("Stage 1: loss of the value model", record.value) if record.value else None,
         ],
     )
 
@@ -134,6 +138,11 @@ def _compared_losses(records: Sequence[Record]) -> Section:
     for k in range(heads):
         lines = each(records, f"head_accuracy/{k}", "validation", "dots")
         charts.append(chart(f"Validation accuracy of head {k + 1}", lines, zero=True, share=True))
+    models = [record.value or record for record in records]
+    charts += [
+        chart("Stage 1: validation loss of the value models", each(models, "value_loss", "validation", "dots")),
+        chart("Stage 1: training loss of the value models", each(models, "value_loss")),
+    ]
     return Section("loss", "Loss", "Validation is never weighted: this is what families are compared by.", charts)
 
 
@@ -222,7 +231,7 @@ def _ingredients(train: Columns) -> list[Chart | None]:
         Line(f"head {name.split('_')[2]}", train["step"], train[name], k)
         for k, name in enumerate(sorted(heads), start=1)
     ]
-    return [*found, chart("Importance by head", lines, "norm of the gradient, mean of a step", zero=True)]
+    return [*found, chart("Importance by head", lines, "norm of the gradient, mean of a step", zero=True, dashed=True)]
 
 
 def _histogram(record: Record, named: bool) -> Chart | None:

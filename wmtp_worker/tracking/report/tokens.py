@@ -20,7 +20,7 @@ _HEAVIEST = 8
 @dataclass(frozen=True)
 class Token:
     text: str
-    style: str  # how far up the scale each moment and head puts it, in percent: CSS variables
+    style: str  # how far each moment and head puts it from the middle of the scale, in percent: CSS variables
     title: str
 
     @property
@@ -33,8 +33,8 @@ class Sample:
     prompt: str
     tokens: list[Token]
     left_out: int
-    heaviest: Table  # each head's weights
-    curve: Chart | None
+    heaviest: list[Table]  # each head's weights, at each moment
+    curves: list[Chart | None]
 
 
 @dataclass(frozen=True)
@@ -69,30 +69,50 @@ def coloured(record: Record, octaves: float) -> Coloured | None:
     header, *lines = record.weights
     chosen = [lines[i] for i in np.unique(np.rint(np.linspace(0, len(lines) - 1, MOMENTS)).astype(int))]
     samples = [
-        _sample(described, [line["weights"][number] for line in chosen], chosen[-1]["step"], octaves)
+        _sample(described, [line["weights"][number] for line in chosen], [line["step"] for line in chosen], octaves)
         for number, described in enumerate(header["samples"])
     ]
     return Coloured(record.name, record.family, header["heads"], [line["step"] for line in chosen], samples)
 
 
 def _sample(
-    described: dict[str, Any], moments: Sequence[Sequence[Sequence[float]]], step: int, octaves: float
+    described: dict[str, Any], moments: Sequence[Sequence[Sequence[float]]], steps: Sequence[int], octaves: float
 ) -> Sample:
-    texts, last = described["tokens"], moments[-1]
-    tokens = [
-        Token(text, _style([moment[at] for moment in moments], octaves), _title(step, last[at]))
-        for at, text in enumerate(texts)
-    ]
-    order = sorted(range(len(texts)), key=lambda at: -sum(last[at]))[:_HEAVIEST]
-    rows = [[json.dumps(texts[at], ensure_ascii=False), *map(spell, last[at])] for at in order]
-    heads = [f"head {k}" for k in range(1, len(last[0]) + 1 if last else 1)]
-    heaviest = Table(["token", *heads], rows, f"at step {step:,}")
+    texts = described["tokens"]
+    tokens = []
+    for at, text in enumerate(texts):
+        weights = [moment[at] for moment in moments]
+        tokens.append(Token(text, _style(weights, octaves), "\n".join(map(_title, steps, weights))))
+    # one scale, or the moments could not be compared
+    top = max((weight for moment in moments for token in moment for weight in token), default=1.0)
+    return Sample(
+        described["prompt"],
+        tokens,
+        described["left_out"],
+        [_heaviest(texts, moment, step) for moment, step in zip(moments, steps, strict=True)],
+        [_curve(moment, step, top) for moment, step in zip(moments, steps, strict=True)],
+    )
+
+
+def _heads(weights: Sequence[Sequence[float]]) -> list[str]:
+    return [f"head {k}" for k in range(1, len(weights[0]) + 1 if weights else 1)]
+
+
+def _heaviest(texts: Sequence[str], weights: Sequence[Sequence[float]], step: int) -> Table:
+    order = sorted(range(len(texts)), key=lambda at: -sum(weights[at]))[:_HEAVIEST]
+    rows = [[json.dumps(texts[at], ensure_ascii=False), *map(spell, weights[at])] for at in order]
+    return Table(["token", *_heads(weights)], rows, f"at step {step:,}")
+
+
+def _curve(weights: Sequence[Sequence[float]], step: int, top: float) -> Chart | None:
     lines = [
-        Line(head, range(1, len(texts) + 1), [weights[k] for weights in last], k + 1, "plain")
-        for k, head in enumerate(heads)
+        Line(head, range(1, len(weights) + 1), [token[k] for token in weights], k + 1, "plain")
+        for k, head in enumerate(_heads(weights))
     ]
-    curve = chart("Weight along the solution", lines, f"step {step:,}, by head", "token", zero=True, level=1.0)
-    return Sample(described["prompt"], tokens, described["left_out"], heaviest, curve)
+    caption = f"step {step:,}, by head"
+    return chart(
+        "Weight along the solution", lines, caption, "token", zero=True, top=max(top, 1.0), level=1.0, dashed=True
+    )
 
 
 def _style(moments: Sequence[Sequence[float]], octaves: float) -> str:
@@ -110,7 +130,7 @@ def _title(step: int, weights: Sequence[float]) -> str:
 
 
 def level(weight: float, octaves: float) -> int:
-    """Percent of the scale: 50 is a weight of 1, 0 one of 2^-octaves or less."""
+    """Percent of the way from a weight of 1, which is 0, to 2^octaves, 100, or to 2^-octaves, -100, or beyond."""
     if not weight > 0:
-        return 0
-    return round(100 * min(max((math.log2(weight) / octaves + 1) / 2, 0.0), 1.0))
+        return -100
+    return round(100 * min(max(math.log2(weight) / octaves, -1.0), 1.0))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from wmtp_worker.tracking.report.chart import spell
-from wmtp_worker.tracking.report.record import Record
+from wmtp_worker.tracking.report.record import Numbers, Record
 
 # what must be equal for validation losses to be of the same thing
 _MEASURED_BY = ("data.dataset", "data.sequence_length", "evaluation.max_batches", "model.heads", "model.tokenizer")
@@ -46,9 +46,29 @@ def validation(record: Record) -> Losses | None:
 
 def of_run(record: Record) -> Verdict:
     mark, headline = _end(record)
+    if mark == "good" and (doubt := _doubt(record)):
+        mark, headline = "warning", f"{headline} {doubt}"
     return Verdict(
         mark, headline, [text for text in (_loss(record), _heads(record), _lost(record), _cost(record)) if text]
     )
+
+
+def _doubt(record: Record) -> str:
+    """Why a run that ended as it should is no success; empty if nothing says so."""
+    losses, heads = validation(record), _by_head(record)
+    if losses is not None and losses.values[-1] > losses.values[0]:
+        return "But the validation loss rose."
+    if losses is not None and len(losses.values) > 1 and losses.values[-1] == losses.values[0]:
+        return "But the validation loss did not fall."
+    if heads and not any(values[-1] < values[0] for values in heads):
+        return "But no head improved."
+    return ""
+
+
+def _by_head(record: Record) -> list[Numbers]:
+    """The validation losses of each head; empty where they were measured less than twice."""
+    heads = [values[np.isfinite(values)] for values in record.of("validation").each("head_loss")]
+    return [] if not heads or min(map(len, heads)) < 2 else heads
 
 
 def _end(record: Record) -> tuple[str, str]:
@@ -82,8 +102,7 @@ def _loss(record: Record) -> str:
 
 
 def _heads(record: Record) -> str:
-    heads = [values[np.isfinite(values)] for values in record.of("validation").each("head_loss")]
-    if not heads or min(len(values) for values in heads) < 2:
+    if not (heads := _by_head(record)):
         return ""
     worse = [number for number, values in enumerate(heads, start=1) if values[-1] >= values[0]]
     if not worse:
@@ -105,8 +124,15 @@ def _lost(record: Record) -> str:
 def _cost(record: Record) -> str:
     if record.running is None:
         return ""
-    price = "" if record.cost is None else f", which cost {record.cost:,.2f} at the price given"
-    return f"It ran for {duration(record.running)}{price}."
+    return f"It ran for {duration(record.running)}{_price(record)}."
+
+
+def _price(record: Record) -> str:
+    if record.cost is None:
+        return ""
+    if record.unpriced:
+        return f"; as far as prices are known, that cost {record.cost:,.2f} in the currency of host.price_per_hour"
+    return f", which cost {record.cost:,.2f} in the currency of host.price_per_hour"
 
 
 def of_comparison(records: Sequence[Record]) -> Verdict:
