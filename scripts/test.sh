@@ -83,11 +83,8 @@ models() {
 }
 
 # Chromium, for the tests that look at a report as a person does.
-chromium() {
-  local name
-  for name in chromium chromium-browser google-chrome; do
-    if command -v "$name" >/dev/null; then return; fi
-  done
+browser() {
+  if command -v chromium chromium-browser google-chrome >/dev/null; then return; fi
   if apt_command chromium >/dev/null; then
     apt_install "there is no Chromium" chromium
   else
@@ -136,7 +133,7 @@ _main() {
   fi
   if [[ -n $npm ]]; then stage npm wait "$npm"; else stage npm npm_packages; fi
   stage bats shell_functions
-  stage chromium chromium
+  stage browser browser
   stage sshd sshd
   # everything goes to several processes; for a few tests, starting those takes longer than it saves
   (($# > 0)) || set -- -n logical --maxprocesses 4 --dist loadgroup --durations 30

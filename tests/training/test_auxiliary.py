@@ -166,11 +166,13 @@ def test_the_gradient_is_that_of_both_losses_in_one_graph(objective, rewards, lo
     assert facts["weight_min"] == pytest.approx(min(map(min, weights)), rel=1e-3)
     assert facts["weight_max"] == pytest.approx(max(map(max, weights)), rel=1e-3)
     assert facts["weight_std"] > 0.1
+    # a bias that all values share moves no pair: its gradient is rounding alone
+    rounding = 1e-7 * max(float(one.grad.abs().max()) for one in other.parameters() if one.requires_grad)
     for (name, parameter), expected in zip(model.named_parameters(), other.parameters(), strict=True):
         assert (parameter.grad is None) == (expected.grad is None) == (not parameter.requires_grad), name
         if parameter.requires_grad:
-            size = float(expected.grad.abs().max())
-            torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-3, atol=2e-5 * size, msg=name)
+            nearly = 2e-5 * float(expected.grad.abs().max()) + rounding
+            torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-3, atol=nearly, msg=name)
 
 
 def test_what_is_told_of_a_step():
