@@ -2,13 +2,16 @@
 
     python benchmarks/tracking.py [steps] [run] [report]     with the tests' MLflow server (scripts/test.sh installs it)
 
-`steps`: steps of about 100 ms, in one process, in blocks that do not log them, and that log them while the server is
-well, stalled, or answers 500; each begins when the sender has nothing left to send. Compared are the medians of each.
+`steps`: steps of about 100 ms, in blocks that do not log them, and that log each of them while the server is well,
+stalled, or answers 500; a block begins when the sender has nothing left to send. Compared are medians of blocks of the
+same round; "again" are blocks that do not log either: what differs without a reason. Steps and sender share one core,
+as if the machine had no other; the server, which is elsewhere in life, has the other.
 `run`: the smoke run of five steps with and without a server, whole processes that alternate. `report`: the page of a
 run of 100,000 steps, made by repeating the lines of a real one.
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -19,15 +22,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the worker does
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # a step is one core's work
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+import psutil
 from common import median, record
 
 from tests.servers.mlflow import TrackingServer, running
@@ -38,8 +43,9 @@ from wmtp_worker.tracking.metrics import MetricsLog, read
 from wmtp_worker.tracking.record import TrackedRun, read_servers
 from wmtp_worker.tracking.session import Tracking
 
-ROUNDS_OF_BLOCKS, STEPS = 5, 60
-STATES = ("not logged", "logged", "stalled", "500")
+ROUNDS_OF_BLOCKS, STEPS = 11, 30
+STATES = ("not logged", "again", "logged", "stalled", "500")
+QUIET = STATES[:2]
 VALUES = {f"number_{index}": 1 / (index + 1) for index in range(20)} | {"head_loss": [1.5, 1.6, 1.7, 1.8]}
 ROUNDS, LONG = 5, 100_000
 
@@ -79,6 +85,28 @@ def troubled(server: TrackingServer) -> Iterator[tuple[str, Callable[[str], None
         process.join(60)
 
 
+@contextmanager
+def on(core: int) -> Iterator[None]:
+    """What this process does and starts meanwhile, it does on that core alone."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {sorted(before)[core]})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@contextmanager
+def elsewhere(folder: str) -> Iterator[tuple[TrackingServer, str, Callable[[str], None]]]:
+    """A server on another core than what is measured, the address of a proxy before it, and what sets its state."""
+    with ExitStack() as stack:
+        with on(1):
+            server = stack.enter_context(running(f"{folder}/artifacts", {}))
+            uri, set_state = stack.enter_context(troubled(server))
+        stack.enter_context(on(0))
+        yield server, uri, set_state
+
+
 def caught_up(server: TrackingServer, paths: RunPaths, uri: str, number: int) -> None:
     """Wait until the server has this step."""
     end = time.monotonic() + 300
@@ -90,49 +118,55 @@ def caught_up(server: TrackingServer, paths: RunPaths, uri: str, number: int) ->
     raise TimeoutError(f"step {number} does not arrive")
 
 
+def sender_cpu() -> float:
+    """CPU seconds of the process beside this one that sends."""
+    of_sender = [child for child in psutil.Process().children() if "wmtp_worker.tracking.sender" in child.cmdline()]
+    return sum(sum(child.cpu_times()[:2]) for child in of_sender)
+
+
 def steps() -> dict[str, Any]:
     results: dict[str, Any] = {}
     # so that requests fail within a block: more often than with the 30 seconds of a worker
     os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "2"
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        running(f"{folder}/artifacts", {}) as server,
-        troubled(server) as (uri, set_state),
-    ):
+    with tempfile.TemporaryDirectory() as folder, elsewhere(folder) as (server, uri, set_state):
         os.environ.update(server.environ)
         with MetricsLog(Path(folder) / "alone.jsonl", 0) as metrics:
-            costs = [timed(lambda: metrics.write("train", 1, **VALUES))[0] for _ in range(5000)]
-            results["a line, microseconds"] = median([cost * 1e6 for cost in costs])
+            lines = [timed(lambda: metrics.write("train", 1, **VALUES))[0] for _ in range(5000)]
+            results["a line, microseconds"] = median([cost * 1e6 for cost in lines])
         paths = RunPaths(Path(folder), "run")
         paths.checkpoints.mkdir(parents=True)
         settings = load(overrides=[f"tracking.uri={uri}"], environ={}).tracking
-        step, number = work(1400), 0
-        blocks: dict[str, list[tuple[float, float]]] = {state: [] for state in STATES}
+        step, numbers = work(1250), itertools.count(1)
+        blocks: dict[str, list[list[float]]] = {state: [] for state in STATES}  # medians: wall, CPU
         with MetricsLog(paths.metrics, 0) as metrics:
             tracking = Tracking(settings, paths, TrackedRun(run="run", experiment="benchmark", settings_digest="d"))
             results["begin, seconds"] = median([timed(lambda: tracking.__enter__())[0]])
+
+            def line() -> int:
+                metrics.write("train", number := next(numbers), **VALUES)
+                return number
+
+            def logged() -> None:
+                step()
+                line()
+
+            caught_up(server, paths, uri, line())
+            before = sender_cpu()
             for round_ in range(ROUNDS_OF_BLOCKS):
                 for state in STATES if round_ % 2 == 0 else reversed(STATES):
-                    number += 1
-                    metrics.write("train", number, **VALUES)
-                    caught_up(server, paths, uri, number)
                     set_state(state)
-                    for _ in range(STEPS):
-                        number += 1
-
-                        def one(logs: bool = state != "not logged", number: int = number) -> None:
-                            step()
-                            if logs:
-                                metrics.write("train", number, **VALUES)
-
-                        blocks[state].append(timed(one))
+                    costs = [timed(step if state in QUIET else logged) for _ in range(STEPS)]
+                    blocks[state].append([statistics.median(column) for column in zip(*costs, strict=True)])
                     set_state("well")
+                    caught_up(server, paths, uri, last := line())
+            results["sender, CPU milliseconds a line"] = round((sender_cpu() - before) / last * 1e3, 3)
             results["end, seconds"] = median([timed(lambda: tracking.__exit__(None, None, None))[0]])
-    for name, column in (("wall", 0), ("CPU", 1)):
-        found = {state: statistics.median(one[column] for one in blocks[state]) for state in STATES}
-        results[f"a step, {name} milliseconds"] = round(found["not logged"] * 1e3, 2)
+    for column, name in enumerate(("wall", "CPU")):
+        plain = [block[column] for block in blocks["not logged"]]
+        results[f"a step, {name} milliseconds"] = median([one * 1e3 for one in plain])
         for state in STATES[1:]:
-            results[f"{state} / not logged, {name}"] = round(found[state] / found["not logged"], 4)
+            ratios = [block[column] / base for block, base in zip(blocks[state], plain, strict=True)]
+            results[f"{state} / not logged, {name}"] = round(statistics.median(ratios), 4)
     return results
 
 
@@ -196,11 +230,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS])
     chosen = parser.parse_args().parts or list(PARTS)
-    found = {name: PARTS[name]() for name in chosen}
-    if set(chosen) == set(PARTS):
-        record("tracking", found)
-    else:
-        print(json.dumps(found, indent=1))
+    for name in chosen:
+        record(f"tracking-{name}", PARTS[name]())
 
 
 if __name__ == "__main__":
