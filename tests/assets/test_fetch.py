@@ -138,6 +138,39 @@ def test_a_folder_of_other_tools_is_taken_with_a_warning(settings, transfer, mod
     assert (bucket / "models" / "mine" / "manifest.json").exists()
 
 
+def test_a_bucket_of_pickled_weights_and_folders_of_splits(
+    settings, transfer, tiny_model_folder, bucket, workdir, nothing, one_thread
+):
+    """`models/<name>/{config.json,pytorch_model.bin,tokenizer/}`, `datasets/<name>/{train,validation}/`."""
+    import torch
+    from safetensors.torch import load_file
+
+    from wmtp_worker.assets.convert import convert
+    from wmtp_worker.data.formats import files_of
+    from wmtp_worker.data.tokenizer import digest
+    from wmtp_worker.model.loading import load, tensors
+
+    there = bucket / "models" / "7b_1t_4"
+    there.mkdir(parents=True)
+    shutil.copy(tiny_model_folder / "config.json", there)
+    torch.save(load_file(tiny_model_folder / "model.safetensors"), there / "pytorch_model.bin")
+    shutil.copytree(tiny_model_folder, there / "tokenizer", ignore=shutil.ignore_patterns("config.json", "model*"))
+    sample = dataset_folder(settings())
+    for split in ("train", "validation"):
+        (bucket / "datasets" / "contest" / split).mkdir(parents=True)
+        shutil.copy(sample / f"{split}.jsonl", bucket / "datasets" / "contest" / split / "part-0.jsonl")
+    wanted = settings("model.path=7b_1t_4", "data.dataset=contest")
+    assert {done.name for done in fetch(wanted, transfer, nothing)} == {"7b_1t_4", "contest"}
+    ours, theirs = (tensors(load(path, 1)) for path in (model_folder(wanted), tiny_model_folder))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert digest(tokenizer_folder(wanted)) == digest(tiny_model_folder)
+    convert(model_folder(wanted), workdir / "plain", "hf")
+    assert digest(workdir / "plain") == digest(tiny_model_folder)
+    found = files_of(dataset_folder(wanted), ("train", "validation"))
+    assert [path.parent.name for path in found] == ["train", "validation"]
+
+
 def test_a_push_that_is_not_finished_is_not_taken_for_a_folder_of_other_tools(
     settings, transfer, model, bucket, workdir, nothing, monkeypatch
 ):

@@ -68,6 +68,23 @@ def test_a_model_is_cached_with_what_a_llama_folder_needs(hub, get, settings, wo
     assert json.loads((folder / "manifest.json").read_text())["source"] == f"{hub.url}/org/tiny/tree/{commit}"
 
 
+def test_pickled_weights_and_a_tokenizers_folder(hub, get, settings, workdir):
+    """As older repositories have them: without safetensors, or with the tokenizer apart."""
+    needed = [
+        "config.json",
+        "pytorch_model-00001-of-00001.bin",
+        "pytorch_model.bin.index.json",
+        "tokenizer/tokenizer.json",
+    ]
+    hub.model("org/old", dict.fromkeys([*needed, "training_args.bin", "tokenizer/x.py", "x.safetensors"], LARGE))
+    get("model.path=org/old")
+    folder = workdir / "models" / "org--old"
+    there = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    assert sorted(there) == sorted([*needed, "manifest.json"])
+    hub.model("org/tokens", {"tokenizer/tokenizer.model": LARGE, "model.safetensors": LARGE})
+    assert get("model.tokenizer=org/tokens")[0].files == 1
+
+
 def test_what_is_there_is_not_asked_for(hub, get, workdir):
     hub.model("org/tiny", MODEL)
     get("model.path=org/tiny")
@@ -155,8 +172,9 @@ def test_what_one_lacks_the_others_are_not_fetched_for(hub, get, workdir):
 @pytest.mark.parametrize(
     ("kind", "files", "what"),
     [
-        ("model.path", {"config.json": b"{}", "pytorch_model.bin": LARGE}, "no *.safetensors, only pytorch_model.bin"),
-        ("model.path", {"config.json": b"{}"}, "no *.safetensors"),
+        ("model.path", {"config.json": b"{}", "x.pt": LARGE}, "no model.safetensors, no pytorch_model.bin, only x.pt"),
+        ("model.path", {"config.json": b"{}", "consolidated.safetensors": LARGE}, "no model.safetensors"),
+        ("model.path", {"config.json": b"{}", "pytorch_model.bin.index.json": b"{}"}, "no pytorch_model.bin"),
         ("model.path", {"model.safetensors": LARGE}, "no config.json"),
         ("model.tokenizer", {"vocab.txt": b"1"}, "no tokenizer.json and no tokenizer.model"),
         ("data.dataset", {"a/train.parquet": LARGE, "b/train.parquet": LARGE}, "a/train.parquet is in none of"),

@@ -136,6 +136,21 @@ def test_tokenizer_without_eos_is_refused(folder):
     assert str(folder) in caught.value.where
 
 
+def test_a_tokenizer_may_lie_in_a_folder_of_its_own(folder):
+    """Beside the weights goes before it."""
+    model = folder.parent
+    assert load_tokenizer(model).get_vocab() == TOKENIZER.get_vocab()
+    assert digest(model) == digest(folder) == digest(PACKAGED)
+    configure(folder, eos_token=None)
+    with pytest.raises(InputError, match="eos_token") as caught:
+        load_tokenizer(model)
+    assert caught.value.where == str(folder / "tokenizer_config.json")
+    for path in PACKAGED.iterdir():
+        shutil.copy(path, model)
+    assert load_tokenizer(model).eos_token_id == TOKENIZER.eos_token_id
+    assert digest(model) == digest(PACKAGED)
+
+
 @pytest.mark.parametrize(
     "content", [None, b"", b"{", b"{}", b"\xff"], ids=["none", "empty", "cut", "no model", "bytes"]
 )

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from wmtp_worker.data.formats import FORMATS, files_of, find_part, format_of, read_file, read_split
 from wmtp_worker.data.mbpp import PUBLIC_SPLIT, MbppRow
 from wmtp_worker.data.problems import SPLITS, Problem, Solution, dump
+from wmtp_worker.data.summary import summarise
 from wmtp_worker.errors import InputError
 from wmtp_worker.host.sandbox import Exchange
 
@@ -224,6 +225,29 @@ def test_folder_layout_takes_files_as_they_are(tmp_path):
     write(tmp_path / "validation.jsonl", line(700))
     assert (ids(tmp_path, "train"), ids(tmp_path, "validation")) == (["3", "1"], ["700"])
     assert files_of(tmp_path, ("train", "validation")) == [tmp_path / "train.jsonl", tmp_path / "validation.jsonl"]
+
+
+def test_a_folder_may_hold_a_split(tmp_path):
+    """Whatever its files are called, and only where no file is named after a split outside of such folders."""
+    for name in ("train/b.jsonl", "train/train.jsonl", "train/._b.jsonl", "valid/test.jsonl", "other/x.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, line(len(name)))
+    assert ids(tmp_path, "train") == [str(len("train/b.jsonl")), str(len("train/train.jsonl"))]
+    assert ids(tmp_path, "validation") == [str(len("valid/test.jsonl"))]
+    assert find_part(tmp_path, "test") is None
+    assert list(summarise(tmp_path)["files"]) == ["train/b.jsonl", "train/train.jsonl", "valid/test.jsonl"]
+    write(tmp_path / "other" / "test.jsonl", line(7))
+    assert [ids(tmp_path, "test"), find_part(tmp_path, "train")] == [["7"], None]
+    write(tmp_path / "train.jsonl", line(8))
+    assert [ids(tmp_path, "train"), find_part(tmp_path, "validation")] == [["8"], None]
+
+
+def test_files_of_one_name_in_several_folders(tmp_path):
+    for number, name in enumerate(SPLITS):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "data.jsonl", line(number))
+    assert [ids(tmp_path, name) for name in SPLITS] == [["0"], ["1"], ["2"]]
+    assert len(summarise(tmp_path)["files"]) == 3
 
 
 @pytest.mark.parametrize("there", ["train", "validation"])

@@ -1,6 +1,7 @@
 """Llama-family folders as Hugging Face writes them, our own, and broken ones."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from tests.model.heads import IDS, head_logits
+from wmtp_worker.assets.convert import convert
 from wmtp_worker.data.tokenizer import PACKAGED, load_tokenizer
 from wmtp_worker.errors import InputError
 from wmtp_worker.model.loading import base_digest, build, load, load_tensors, tensors
@@ -52,9 +54,30 @@ def edit_weights(folder, change):
 
 
 def pickle_weights(folder):
-    """Sound pickled weights, beside a safetensors file that is not the model's: the tempting way to load is wrong."""
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").rename(folder / "adapter.safetensors")
+    """The same weights as older tools write them: `pytorch_model.bin`, or its shards with an index."""
+    for path in folder.glob("model*.safetensors"):
+        parameters = {name: torch.nn.Parameter(tensor) for name, tensor in load_file(path).items()}
+        torch.save(parameters, folder / pickled_name(path.name))
+        path.unlink()
+    for index in folder.glob("model.safetensors.index.json"):
+        written = json.loads(index.read_text())
+        written["weight_map"] = {name: pickled_name(file) for name, file in written["weight_map"].items()}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(written))
+        index.unlink()
+
+
+def pickled_name(name):
+    return name.replace("model", "pytorch_model", 1).replace(".safetensors", ".bin")
+
+
+class Trap:
+    """Code that a pickle would run."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
 
 
 # --- a plain Llama
@@ -152,11 +175,21 @@ DAMAGES = {
     "text for a number": (lambda folder: edit_config(folder, hidden_size="wide"), "makes no model.*hidden_size"),
     "heads do not divide": (lambda folder: edit_config(folder, num_attention_heads=5), "makes no model.*multiple"),
     "unknown activation": (lambda folder: edit_config(folder, hidden_act="zz"), "makes no model.*'zz'"),
-    "only pickled": (
+    "safetensors under another name": (
         lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
-        r"no \*\.safetensors",
+        r"the weights do not load",
     ),
-    "pickled, and other safetensors": (lambda folder: pickle_weights(folder), "no model.safetensors"),
+    "other safetensors": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "adapter.safetensors"),
+        "no model.safetensors, no pytorch_model.bin",
+    ),
+    "pickled, not tensors alone": (
+        lambda folder: (
+            (folder / "model.safetensors").unlink(),
+            torch.save({"lm_head.weight": "text"}, folder / "pytorch_model.bin"),
+        ),
+        "lm_head.weight is no tensor",
+    ),
     "missing tensor": (
         lambda folder: edit_weights(folder, lambda weights: weights.pop("model.norm.weight")),
         "1 tensors are missing, model.norm.weight",
@@ -211,6 +244,41 @@ def test_missing_shard_is_refused(llama, gone):
     path.unlink()
     with pytest.raises(InputError, match=f"no {path.name if gone.startswith('model-') else 'model.safetensors'}"):
         load(folder, heads=2)
+
+
+@pytest.mark.parametrize("shard", ["1GB", "20KB"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_pickled_weights_are_the_same_model(llama, tmp_path, tied, shard):
+    plain, folder = llama(shard=shard, tie_word_embeddings=tied)
+    before = base_digest(folder)
+    pickle_weights(folder)
+    assert not list(folder.glob("*.safetensors"))
+    assert torch.equal(head_logits(load(folder, 2))[0], plain_logits(plain))
+    assert base_digest(folder) != before
+    for to in ("hf", "meta"):
+        convert(folder, tmp_path / to, to)
+        assert_equal_weights(load(tmp_path / to, 2), load(folder, 2))
+
+
+@pytest.mark.parametrize("gone", ["pytorch_model-00002*", "pytorch_model.bin.index.json"])
+def test_missing_pickled_shard_is_refused(llama, gone):
+    _, folder = llama(shard="20KB")
+    pickle_weights(folder)
+    [path] = folder.glob(gone)
+    path.unlink()
+    with pytest.raises(InputError, match=f"no {path.name.removesuffix('.index.json')}"):
+        load(folder, heads=2)
+
+
+def test_code_in_pickled_weights_is_never_run(llama, tmp_path):
+    _, folder = llama()
+    (folder / "model.safetensors").unlink()
+    torch.save({"lm_head.weight": Trap(tmp_path / "sprung")}, folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match="do not load") as caught:
+        load(folder, heads=2)
+    assert not (tmp_path / "sprung").exists()
+    assert caught.value.where == str(folder / "pytorch_model.bin")
+    assert "weights_only" not in str(caught.value)
 
 
 def test_pickled_weights_beside_safetensors_are_never_opened(llama):
@@ -334,10 +402,28 @@ def test_base_digest_is_of_config_and_weights(llama):
     assert base_digest(same) == before
     (folder / "README.md").write_text("no part of the model")
     assert base_digest(folder) == before
-    for path in [folder / "config.json", *folder.glob("*.safetensors")]:
+    (folder / "pytorch_model.bin").write_bytes(b"not read beside safetensors")
+    assert base_digest(folder) == before
+    check_every_file_counts(folder, "*.safetensors")
+    (folder / "model-00001-of-00007.safetensors").rename(folder / "model-00009-of-00007.safetensors")
+    assert base_digest(folder) != before
+
+
+def test_base_digest_is_of_pickled_weights_too(llama):
+    _, folder = llama(shard="20KB")
+    pickle_weights(folder)
+    before = base_digest(folder)
+    (folder / "training_args.bin").write_bytes(b"no part of the model")
+    (folder / "adapter.safetensors").write_bytes(b"nor this")
+    assert base_digest(folder) == before
+    check_every_file_counts(folder, "pytorch_model-*.bin")
+
+
+def check_every_file_counts(folder, weights):
+    before, shards = base_digest(folder), list(folder.glob(weights))
+    assert len(shards) == 7
+    for path in [folder / "config.json", *shards]:
         content = path.read_bytes()
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         assert base_digest(folder) != before, path.name
         path.write_bytes(content)
-    (folder / "model-00001-of-00007.safetensors").rename(folder / "model-00009-of-00007.safetensors")
-    assert base_digest(folder) != before

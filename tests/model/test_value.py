@@ -184,6 +184,18 @@ def test_scores_are_those_of_transformers_packed_or_not(classifier):
     assert max(expected) - min(expected) > 0.1
 
 
+def test_a_reward_model_may_be_pickled(classifier):
+    _, folder = classifier
+    expected = load_reward(folder)(*packed())
+    weights = folder / "model.safetensors"
+    torch.save(load_file(weights), folder / "pytorch_model.bin")
+    weights.unlink()
+    assert torch.equal(load_reward(folder)(*packed()), expected)
+    (folder / "pytorch_model.bin").write_bytes((folder / "pytorch_model.bin").read_bytes()[:100])
+    with pytest.raises(InputError, match="does not load"):
+        load_reward(folder)
+
+
 def test_language_models_and_other_classifiers_give_no_reward(classifier, llama, config, tmp_path):
     LlamaForSequenceClassification(config(num_labels=3)).save_pretrained(tmp_path / "three")
     with pytest.raises(InputError, match="3 labels"):

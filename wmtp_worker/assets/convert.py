@@ -79,12 +79,13 @@ def _check_room(stored: Stored, destination: Path) -> None:
 
 def _bring_tokenizer(source: Path, folder: Path, to: Target) -> None:
     """The tokenizer's files, and fast ones made of them where there are none yet."""
-    if source.is_dir():
-        _copy((source / name for name in _TOKENIZER_FILES if (source / name).is_file()), folder)
+    found = tokenizer_files(source)
+    if source.is_dir() and found:
+        _copy((path for name in _TOKENIZER_FILES if (path := found[0].with_name(name)).is_file()), folder)
     has_model = (folder / TOKENIZER_MODEL).is_file()
     if to == "meta" and not has_model:
         log.warning("no %s in %s: Meta's own code reads no other tokenizer", TOKENIZER_MODEL, source)
-    elif to != "meta" and not tokenizer_files(source):
+    elif to != "meta" and not found:
         log.warning("no tokenizer in %s: name the folder that has it (--tokenizer)", source)
     elif to != "meta" and not (folder / "tokenizer.json").is_file():
         load_tokenizer(source).save_pretrained(folder)

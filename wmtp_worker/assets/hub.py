@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
-from wmtp_worker.data.files import ENDINGS, place_of
+from wmtp_worker.data.files import ENDINGS, data_set
 from wmtp_worker.errors import DiskFullError, ExhaustedError, InputError, IntegrityError, SettingsError, WorkerError
 from wmtp_worker.settings.checks import is_loopback
 from wmtp_worker.storage.atomic import disk_errors, fsync_path, write_text
@@ -35,16 +35,18 @@ Wanted = Literal["model", "tokenizer", "dataset"]
 PUBLIC = "https://huggingface.co"
 _FILES_AT_ONCE = 4
 _TRUE = ("1", "on", "yes", "true")
-# names in the repository's root: what a Llama-family folder is read from, and nothing that would have to be unpickled
+# names in the repository's root: what a Llama-family folder is read from, and no code
 _TOKENIZER = re.compile(
-    r"tokenizer\.json|tokenizer\.model|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json"
-    r"|vocab\.json|merges\.txt|chat_template\.(jinja|json)|LICENSE[^/]*"
+    r"(tokenizer/)?(tokenizer\.json|tokenizer\.model|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json"
+    r"|vocab\.json|merges\.txt|chat_template\.(jinja|json))|LICENSE[^/]*"
 )
+_READABLE_TOKENIZER = re.compile(r"(tokenizer/)?tokenizer\.(json|model)")
 _MODEL = re.compile(rf"{_TOKENIZER.pattern}|config\.json|generation_config\.json")
 _ABOUT_DATA = re.compile(r"README\.md|LICENSE[^/]*")
+# the first of which there are any, as `model.folder` looks for them
 _WEIGHTS = (
     re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"),
-    re.compile(r"[^/]+\.safetensors|[^/]+\.safetensors\.index\.json"),
+    re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin|pytorch_model\.bin\.index\.json"),
 )
 _OTHER_WEIGHTS = re.compile(r".+\.(bin|pt|pth|h5|gguf|msgpack|onnx|ot)")
 
@@ -110,21 +112,23 @@ def _choose(repository: Repository, files: "dict[str, RepoFile]") -> "dict[str, 
     names = {name for name in files if pattern.fullmatch(name)}
     if repository.wanted == "model":
         sets = [{name for name in files if weights.fullmatch(name)} for weights in _WEIGHTS]
-        weights = next((found for found in sets if any(name.endswith(".safetensors") for name in found)), None)
+        weights = next((found for found in sets if any(not name.endswith(".json") for name in found)), None)
         if weights is None:
             others = sorted(name for name in files if _OTHER_WEIGHTS.fullmatch(name))
             what = f", only {', '.join(others[:3])}{' …' if len(others) > 3 else ''}" if others else ""
-            raise _nothing_of_use(repository, f"no *.safetensors{what}", "convert its weights to safetensors")
+            raise _nothing_of_use(
+                repository, f"no model.safetensors, no pytorch_model.bin{what}", "name a model in Hugging Face's layout"
+            )
         if "config.json" not in names:
             raise _nothing_of_use(repository, "no config.json", "name a Llama-family model")
         names |= weights
-    elif repository.wanted == "tokenizer" and not names & {"tokenizer.json", "tokenizer.model"}:
+    elif repository.wanted == "tokenizer" and not any(map(_READABLE_TOKENIZER.fullmatch, names)):
         what = "no tokenizer.json and no tokenizer.model"
         raise _nothing_of_use(repository, what, "name a repository with a fast or a SentencePiece tokenizer")
     elif repository.wanted == "dataset":
-        data = [name for name in files if name.endswith(ENDINGS)]
-        chosen = {name for name in data if str(PurePosixPath(name).parent) == place_of(data)}
+        chosen = data_set(files).keys()
         if not chosen:
+            data = [name for name in files if name.endswith(ENDINGS)]
             where = f", {data[0]} is in none of its usual folders" if data else ""
             raise _nothing_of_use(repository, f"no *{', *'.join(ENDINGS)}{where}", "convert it to a train.jsonl")
         names |= chosen

@@ -1,7 +1,8 @@
 """Where the files of a data set lie, and their records, one at a time.
 
 JSON lines, plain or compressed (`.gz`, `.zst`), and Parquet; no file is ever held in memory. A split is `train.jsonl`
-or several `train-….jsonl`, with any of the endings, all in one place (`place_of`); else the folder's only file.
+or several `train-….jsonl`, with any of the endings, all in one place, or a folder `train` of them (`data_set`); else
+the folder's only file.
 """
 
 import codecs
@@ -10,7 +11,7 @@ import hashlib
 import io
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path, PurePath, PurePosixPath
@@ -36,24 +37,30 @@ def single_file(folder: Path) -> Path | None:
         return folder
     if (folder / MBPP_FILE).is_file():
         return folder / MBPP_FILE
-    paths = _data_files(folder)
-    return paths[0] if len(paths) == 1 and split_of(paths[0]) is None else None
+    found = list(_data_files(folder).items())
+    return found[0][0] if len(found) == 1 and found[0][1] is None else None
 
 
 def own_files(folder: Path, split: Split) -> list[Path]:
-    """The files named after a split, in order; empty if there are none."""
-    return [path for path in _data_files(folder) if split_of(path) == split]
+    """The files of a split, in order; empty if there are none."""
+    return [path for path, named in _data_files(folder).items() if named == split]
 
 
-def place_of(names: Iterable[str]) -> str:
-    """The folder, relative to theirs, whose files are the data set: `names` are relative, `/` between their parts.
+def data_set(names: Iterable[str]) -> Mapping[str, Split | None]:
+    """Those of a folder's files that are the data set, and the split of each; `names` are relative, `/` between parts.
 
-    The first of ".", "data", "default", "main", "full" that has files named after splits; else the only folder that
-    has; else ".".
+    They lie in one place: the first of ".", "data", "default", "main", "full" that has files named after splits; else
+    the only folder that has. Else they are all in the folders named after splits; else those of ".".
     """
-    telling = {str(path.parent) for path in map(PurePosixPath, names) if split_of(path) or path.name == MBPP_FILE}
-    first = next((place for place in _PLACES if place in telling), None)
-    return first or (telling.pop() if len(telling) == 1 else ".")
+    paths = [path for path in map(PurePosixPath, names) if path.name.endswith(ENDINGS) and path.name[0] != "."]
+    in_folders = {str(path): split for path in paths if (split := _NAMES.get(str(path.parent)))}
+    telling = {str(path.parent) for path in paths if split_of(path) or path.name == MBPP_FILE} - _NAMES.keys()
+    place = next((place for place in _PLACES if place in telling), None)
+    if place is None and len(telling) == 1:
+        place = telling.pop()
+    if place is None and in_folders:
+        return in_folders
+    return {str(path): split_of(path) for path in paths if str(path.parent) == (place or ".")}
 
 
 def split_of(path: PurePath) -> Split | None:
@@ -70,16 +77,21 @@ def missing(folder: Path, split: Split) -> InputError:
     )
 
 
-def _data_files(folder: Path) -> list[Path]:
-    paths = [path for pattern in ("*", "[!.]*/*") for path in folder.glob(pattern) if path.name.endswith(ENDINGS)]
-    place = place_of(path.relative_to(folder).as_posix() for path in paths)
-    return sorted(path for path in paths if path.parent == folder / place and path.is_file())
+def _data_files(folder: Path) -> dict[Path, Split | None]:
+    paths = [path for pattern in ("*", "[!.]*/*") for path in folder.glob(pattern) if path.is_file()]
+    found = data_set(path.relative_to(folder).as_posix() for path in paths)
+    return {folder / name: split for name, split in sorted(found.items())}
 
 
 def sha256(path: Path) -> str:
     """In hex, of the file as it lies there."""
     with _reading(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digests(folder: Path, paths: Iterable[Path]) -> dict[str, str]:
+    """`sha256` by the name of each file in the data set `folder`, which may be the one file itself."""
+    return {path.name if path == folder else path.relative_to(folder).as_posix(): sha256(path) for path in paths}
 
 
 def records(path: Path) -> Iterator[tuple[bytes | dict[str, Any], str]]:

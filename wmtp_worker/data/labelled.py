@@ -57,7 +57,7 @@ def write_labelled(work: Work, sandbox: Sandbox) -> dict[str, Any]:
         "format_version": VERSION,
         "worker_version": wmtp_worker.__version__,
         "python": platform.python_version(),
-        "sources": {path.name: files.sha256(path) for path in formats.files_of(work.source, splits, work.format)},
+        "sources": files.digests(work.source, formats.files_of(work.source, splits, work.format)),
         "asked": asdict(work.asked),
     }
     _begin(work.folder, made_of)

@@ -21,7 +21,7 @@ def summarise(folder: Path, format: formats.Format | None = None) -> dict[str, A
     paths = formats.files_of(folder, splits, format)
     return {
         "format": format or formats.format_of(paths[0]),
-        "files": {path.name: files.sha256(path) for path in paths},
+        "files": files.digests(folder, paths),
         "splits": {split: _count(formats.read_split(folder, split, format)) for split in splits},
     }
 

@@ -19,6 +19,7 @@ from wmtp_worker.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+FOLDER = "tokenizer"  # beside the weights
 PACKAGED = Path(str(files("wmtp_worker") / "data" / "tokenizer"))
 
 
@@ -39,7 +40,8 @@ class Sample:
 def load_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
     """A fast tokenizer from `tokenizer.json`, SentencePiece's `tokenizer.model` or a GGUF file, in this order.
 
-    `path`: a folder, or the GGUF file itself. Raises `InputError` where that cannot be.
+    `path`: a folder that holds it, itself or in its folder `tokenizer`, or the GGUF file itself. Raises `InputError`
+    where that cannot be.
     """
     try:
         tokenizer = _read(path)
@@ -50,7 +52,7 @@ def load_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
     if tokenizer.eos_token_id is None:
         raise InputError(
             "the tokenizer names no eos_token",
-            where=str(path / "tokenizer_config.json"),
+            where=str(tokenizer_files(path)[0].with_name("tokenizer_config.json")),
             fix='add "eos_token": without it no response would ever end',
         )
     return tokenizer
@@ -59,26 +61,31 @@ def load_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
 def _read(path: Path) -> "PreTrainedTokenizerFast":
     from transformers import PreTrainedTokenizerFast
 
-    if (path / "tokenizer.json").is_file():
-        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(path)
+    found = tokenizer_files(path)
+    if not found:
+        raise InputError(
+            f"no tokenizer.json, no {TOKENIZER_MODEL}",
+            where=f"folder {path}",
+            fix="set model.tokenizer to a folder that holds one",
+        )
+    folder, name = found[0].parent, found[0].name
+    if name == "tokenizer.json":
+        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
         return tokenizer
-    if (path / TOKENIZER_MODEL).is_file():
-        return from_sentencepiece(path / TOKENIZER_MODEL)
-    if found := tokenizer_files(path):  # of a GGUF there is one
-        from transformers import AutoTokenizer
+    if name == TOKENIZER_MODEL:
+        return from_sentencepiece(found[0])
+    from transformers import AutoTokenizer
 
-        folder, name = found[0].parent, found[0].name
-        made = AutoTokenizer.from_pretrained(folder, gguf_file=name, local_files_only=True)
-        return cast("PreTrainedTokenizerFast", made)
-    raise InputError(
-        f"no tokenizer.json, no {TOKENIZER_MODEL}",
-        where=f"folder {path}",
-        fix="set model.tokenizer to a folder that holds one",
-    )
+    made = AutoTokenizer.from_pretrained(folder, gguf_file=name, local_files_only=True)
+    return cast("PreTrainedTokenizerFast", made)
 
 
 def tokenizer_files(path: Path) -> list[Path]:
-    """The files that `load_tokenizer` reads."""
+    """The files that `load_tokenizer` reads, the telling one first: beside the weights, else in a folder there."""
+    return _files_in(path) or _files_in(path / FOLDER)
+
+
+def _files_in(path: Path) -> list[Path]:
     # the two configuration files name bos and eos
     names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
     if (path / "tokenizer.json").is_file():

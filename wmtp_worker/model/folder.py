@@ -1,4 +1,7 @@
-"""Hugging Face's layout, `config.json` and safetensors: a plain Llama, or ours with its further heads."""
+"""Hugging Face's layout, `config.json` and weights: a plain Llama, or ours with its further heads.
+
+Weights are safetensors, else `pytorch_model.bin`, of which nothing but tensors is ever unpickled.
+"""
 
 import json
 from collections.abc import Callable
@@ -11,18 +14,19 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from wmtp_worker.errors import InputError
-from wmtp_worker.model.stored import Layout, Lazy, Stored, read_json, rotary
+from wmtp_worker.model.stored import Layout, Lazy, Stored, map_tensors, read_json, rotary
 
 CONFIG = "config.json"
-INDEX = "model.safetensors.index.json"
+SAFETENSORS = "model.safetensors"
+PICKLED = "pytorch_model.bin"
 SHARD_BYTES = 5_000_000_000
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """`config.json` of a Llama with safetensors. Raises `InputError` for anything else."""
+    """`config.json` of a Llama whose weights are there. Raises `InputError` for anything else."""
     path = folder / CONFIG
     config = read_json(
-        path, "set model.path to a Llama-family folder (config.json and *.safetensors), or a name under models/"
+        path, "set model.path to a Llama-family folder (config.json and model.safetensors), or a name under models/"
     )
     if config.get("model_type") != "llama":
         raise InputError(
@@ -30,13 +34,20 @@ def read_config(folder: Path) -> dict[str, Any]:
             where=str(path),
             fix="use a Llama-family checkpoint",
         )
-    if not any(folder.glob("*.safetensors")):
-        raise InputError(
-            "no *.safetensors",
-            where=f"model folder {folder}",
-            fix="convert the weights to safetensors: pickled ones (*.bin) are never opened",
-        )
+    weights_name(folder)
     return config
+
+
+def weights_name(folder: Path) -> str:
+    """`SAFETENSORS`, or where there are none `PICKLED`: the file with the weights, or with their index. Else raises."""
+    for name in (SAFETENSORS, PICKLED):
+        if (folder / name).is_file() or _index(folder, name).is_file():
+            return name
+    raise InputError(
+        f"no {SAFETENSORS}, no {PICKLED}",
+        where=f"model folder {folder}",
+        fix="put the weights there, or, of several files, their index",
+    )
 
 
 def read_folder(folder: Path) -> Stored:
@@ -49,17 +60,9 @@ def read_folder(folder: Path) -> Stored:
     shards = _shards(folder)
     tensors: dict[str, torch.Tensor] = {}
     for path in shards:
-        try:
-            with safe_open(path, "pt") as file:
-                tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except FileNotFoundError:
-            raise InputError(
-                f"no {path.name}", where=f"model folder {folder}", fix="download the folder again"
-            ) from None
-        except Exception as error:  # SafetensorError, OSError, …
-            raise InputError(
-                f"the weights do not load: {error}", where=str(path), fix="replace the file by a whole one"
-            ) from None
+        if not path.is_file():
+            raise InputError(f"no {path.name}", where=f"model folder {folder}", fix="download the folder again")
+        tensors |= map_tensors(path) if path.suffix == ".bin" else _map_safetensors(path)
     if config.get("tie_word_embeddings", False):
         tensors.pop("lm_head.weight", None)  # some write it all the same
     # a buffer that transformers wrote before 4.32
@@ -67,6 +70,16 @@ def read_folder(folder: Path) -> Stored:
     config, tensors = without_value_head(config, tensors)
     layout: Layout = "ours" if (config.get("n_future_tokens") or 1) > 1 else "hf"
     return Stored(layout, folder, config, Lazy(tensors), (folder / CONFIG, *shards)).check()
+
+
+def _map_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # SafetensorError, OSError, …
+        raise InputError(
+            f"the weights do not load: {error}", where=str(path), fix="replace the file by a whole one"
+        ) from None
 
 
 def without_value_head(
@@ -77,15 +90,20 @@ def without_value_head(
     return plain, {name: tensor for name, tensor in tensors.items() if not name.startswith("value_head.")}
 
 
+def _index(folder: Path, weights: str) -> Path:
+    return folder / f"{weights}.index.json"
+
+
 def _shards(folder: Path) -> list[Path]:
-    if not (folder / INDEX).is_file():
-        return [folder / "model.safetensors"]
-    index = read_json(folder / INDEX, "download the folder again")
-    names = index.get("weight_map")
+    weights = weights_name(folder)
+    index = _index(folder, weights)
+    if not index.is_file():
+        return [folder / weights]
+    names = read_json(index, "download the folder again").get("weight_map")
     if not isinstance(names, dict) or not all(
         isinstance(name, str) and Path(name).name == name for name in names.values()
     ):
-        raise InputError("no weight_map of file names", where=str(folder / INDEX), fix="download the folder again")
+        raise InputError("no weight_map of file names", where=str(index), fix="download the folder again")
     return [folder / name for name in sorted(set(names.values()))]
 
 
@@ -117,7 +135,7 @@ def write_folder(
         save_file(shard, folder / file, metadata={"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        _index(folder, SAFETENSORS).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     config = portable_config(source.config, next(iter(mapped.values())).dtype)
     config.pop("n_future_tokens", None)
     config["architectures"] = ["LlamaForCausalLM"]

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from wmtp_worker.errors import InputError
-from wmtp_worker.model.folder import CONFIG, read_folder, without_value_head
+from wmtp_worker.model.folder import CONFIG, PICKLED, read_folder, weights_name, without_value_head
 from wmtp_worker.model.gguf import gguf_file, read_gguf
 from wmtp_worker.model.lora import merge_saved
 from wmtp_worker.model.meta import PARAMS, is_meta, read_meta
@@ -30,17 +30,18 @@ def open_stored(path: Path) -> Stored:
     raise InputError(
         "no layout that is known",
         where=str(path),
-        fix="name a folder with config.json and *.safetensors, Meta's folder with params.json and consolidated.pth, a "
-        "*.gguf file, or a run's final.pt",
+        fix="name a folder with config.json and model.safetensors or pytorch_model.bin, Meta's folder with params.json "
+        "and consolidated.pth, a *.gguf file, or a run's final.pt",
     )
 
 
 def model_files(path: Path) -> list[Path]:
-    """The files that determine the model at `path`: configuration and weights, in whatever layout."""
+    """The files that determine the model at `path`, configuration and weights. Raises `InputError`."""
     if path.is_file():
         return [path]
     if (path / CONFIG).is_file():
-        return [path / CONFIG, *path.glob("*.safetensors")]
+        shards = "pytorch_model*.bin" if weights_name(path) == PICKLED else "*.safetensors"
+        return [path / CONFIG, *path.glob(shards)]
     return [found for pattern in (PARAMS, "consolidated*.pth", "*.gguf") for found in path.glob(pattern)]
 
 

@@ -96,7 +96,10 @@ def _stored_name(name: str, stored: Stored) -> str:
 
 
 def base_digest(path: Path, poll: Callable[[], None] = lambda: None) -> str:
-    """SHA-256 (hex) over the files that make a model, in name order; `poll` is called before each file."""
+    """SHA-256 (hex) over the files that make a model, in name order. Raises `InputError`.
+
+    `poll` is called before each file.
+    """
     total = hashlib.sha256()
     for part in sorted(model_files(path)):
         poll()

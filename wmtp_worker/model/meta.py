@@ -15,7 +15,7 @@ import torch
 from transformers import LlamaConfig
 
 from wmtp_worker.errors import InputError
-from wmtp_worker.model.stored import Lazy, Stored, map_pickled, read_json, rotary
+from wmtp_worker.model.stored import Lazy, Stored, map_tensors, read_json, rotary
 
 PARAMS = "params.json"
 WEIGHTS = "consolidated.pth"
@@ -53,10 +53,7 @@ def read_meta(folder: Path) -> Stored:
     """Open a folder in Meta's layout; weights are mapped, not read. Raises `InputError`."""
     weights = _one_file(folder)
     params = _params(folder / PARAMS)
-    tensors = map_pickled(weights)
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise InputError(f"{name} is no tensor", where=str(weights), fix="use the published file")
+    tensors = map_tensors(weights)
     tensors.pop(_IGNORED, None)
     named = {_our_name(name, weights): tensor for name, tensor in tensors.items()}
     config = _config(params, named, folder, weights)

@@ -10,6 +10,7 @@ from transformers.utils import logging as transformers_logging
 
 from wmtp_worker.errors import InputError
 from wmtp_worker.model.folder import CONFIG, read_config
+from wmtp_worker.model.stored import first_sentence
 from wmtp_worker.model.value import backbone_states
 
 
@@ -56,14 +57,13 @@ def load_reward(folder: Path) -> RewardModel:
             folder,
             config=LlamaConfig.from_pretrained(folder),
             dtype=torch.float32,
-            use_safetensors=True,
+            weights_only=True,  # of a pytorch_model.bin; safetensors go before it
             local_files_only=True,
             output_loading_info=True,
         )
     except Exception as error:  # a broken folder raises anything
-        reason = " ".join(str(error).split())
         raise InputError(
-            f"the reward model does not load: {reason}", where=f"folder {folder}", fix="replace it"
+            f"the reward model does not load: {first_sentence(error)}", where=f"folder {folder}", fix="replace it"
         ) from error
     model, info = loaded
     if names := sorted({*info["missing_keys"], *info["unexpected_keys"]}):

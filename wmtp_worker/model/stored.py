@@ -137,17 +137,30 @@ def read_json(path: Path, fix: str) -> dict[str, Any]:
     return content
 
 
+def map_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """`map_pickled` of a file that holds weights alone. Raises `InputError`."""
+    content = map_pickled(path)
+    for name, tensor in content.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise InputError(f"{name} is no tensor", where=str(path), fix="use the published file")
+    return {name: tensor.detach() for name, tensor in content.items()}  # some hold parameters
+
+
 def map_pickled(path: Path) -> dict[str, Any]:
     """The dictionary that `torch.save` wrote, its tensors mapped, not read. Unpickles tensors and plain values only."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # UnpicklingError for code, RuntimeError for a broken or old-style file, and others
-        reason = " ".join(str(error).split()).split(". ")[0]
         raise InputError(
-            f"the weights do not load: {reason}",
+            f"the weights do not load: {first_sentence(error)}",
             where=str(path),
             fix="use a file that holds tensors alone, saved by torch 1.6 or newer; code in it is never run",
         ) from None
     if not isinstance(content, dict):
         raise InputError(f"holds a {type(content).__name__}, not tensors by name", where=str(path), fix="replace it")
     return content
+
+
+def first_sentence(error: Exception) -> str:
+    """What went wrong. torch goes on with advice to load code."""
+    return " ".join(str(error).split()).split(". ")[0]

@@ -115,7 +115,8 @@ class PairsSettings(Section):
 class DataSettings(Section):
     dataset: Text = Field(
         description="the packaged sample; a name under datasets/ in the work directory or the bucket, or org/name on "
-        "the hub; a folder with train.jsonl and validation.jsonl, or MBPP's mbpp.jsonl, itself or its folder"
+        "the hub; a folder with train.jsonl and validation.jsonl, or with folders train and validation, or MBPP's "
+        "mbpp.jsonl, itself or its folder"
     )
     format: Literal["auto", "mbpp", "code_contests", "humaneval", "gsm8k", "labelled"] = Field(
         description="format of the files; auto looks at their first record"
