@@ -158,6 +158,14 @@ class Trap:
         return os.mkdir, (str(self.path),)
 
 
+def test_a_model_one_folder_too_deep_is_named(meta, tmp_path):
+    (tmp_path / "7b_1t_4").mkdir()
+    meta.rename(tmp_path / "7b_1t_4" / "7B_1T_4")
+    with pytest.raises(InputError, match="its folders hold some: 7B_1T_4") as caught:
+        open_stored(tmp_path / "7b_1t_4")
+    assert caught.value.where == str(tmp_path / "7b_1t_4")
+
+
 def test_code_in_the_weights_is_never_run(meta, tmp_path):
     for protocol in ("zip", "bare"):
         if protocol == "zip":

@@ -27,6 +27,13 @@ def open_stored(path: Path) -> Stored:
         return read_gguf(file)
     if path.suffix == ".pt":
         return _read_run(path)
+    # what a download of facebook/multi-token-prediction looks like, for one
+    if inner := sorted(found.name for found in path.glob("[!.]*") if (found / CONFIG).is_file() or is_meta(found)):
+        raise InputError(
+            f"no model itself; its folders hold some: {', '.join(inner)}",
+            where=str(path),
+            fix="move the files of one of them up, beside the tokenizer, or give it a name under models/ of its own",
+        )
     raise InputError(
         "no layout that is known",
         where=str(path),
