@@ -39,7 +39,6 @@ STATES = {
         "WMTP_MODEL__INTERMEDIATE_SIZE": "1376",
         "WMTP_MODEL__LAYERS": "5",
         "WMTP_MODEL__ATTENTION_HEADS": "8",
-        "WMTP_DATA__SEQUENCE_LENGTH": "64",
     },
 }
 # seconds between notice and end: docs/doctor.md has the sources

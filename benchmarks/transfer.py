@@ -131,7 +131,11 @@ def running(folder: Path) -> Iterator["s3.Seaweed"]:
             yield server
         finally:
             process.terminate()
-            process.wait(20)
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:  # it waits for open connections
+                process.kill()
+                process.wait(20)
 
 
 @contextmanager

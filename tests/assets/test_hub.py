@@ -237,7 +237,7 @@ def test_no_such_repository(hub, get):
 
 def test_an_empty_repository(hub, get):
     hub.model("org/x", {})
-    with pytest.raises(InputError, match=r"org/x has no \*.safetensors"):
+    with pytest.raises(InputError, match=r"org/x has no model\.safetensors, no pytorch_model\.bin"):
         get("model.path=org/x")
 
 
