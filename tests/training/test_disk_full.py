@@ -9,6 +9,7 @@ from wmtp_worker.checkpoint.manifest import verify
 from wmtp_worker.checkpoint.restore import find
 from wmtp_worker.errors import DiskFullError, Interrupted
 from wmtp_worker.host.stop import StopRequest
+from wmtp_worker.host.workdir import prepare
 from wmtp_worker.storage.layout import RunPaths
 from wmtp_worker.tracking.metrics import read
 
@@ -68,6 +69,23 @@ def test_a_disk_full_of_old_checkpoints_keeps_nobody_from_going_on(small_disk, t
     small_disk(4000)  # three checkpoints have 3480 kB
     summary = tiny_run(folder, *every)
     assert (summary.resumed_from, summary.step) == (3, 5)
+
+
+def test_what_a_killed_process_left_half_written_fills_the_disk(small_disk, tiny_run):
+    folder = small_disk(5000)
+    paths = RunPaths(folder, "tiny")
+    with pytest.raises(Interrupted):
+        tiny_run(folder, stop=Stopped())
+    left = paths.checkpoints / ".tmp-half"
+    with left.open("wb", buffering=0) as file, suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+    with pytest.raises(DiskFullError):
+        prepare(folder)
+    summary = tiny_run(folder)
+    assert (summary.resumed_from, summary.step) == (3, 12)
+    assert not left.exists()
+    assert "removed .tmp-half, left half written" in paths.training_log.read_text()
 
 
 class Filler(StopRequest):

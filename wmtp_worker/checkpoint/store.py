@@ -13,7 +13,8 @@ from wmtp_worker.checkpoint.shared import SharedTensors, prune_shared
 from wmtp_worker.checkpoint.snapshot import FROZEN, Snapshot
 from wmtp_worker.checkpoint.staging import Content
 from wmtp_worker.checkpoint.tensorfile import LiveFile, Source, write_file
-from wmtp_worker.errors import CheckpointError
+from wmtp_worker.errors import CheckpointError, DiskFullError
+from wmtp_worker.host.workdir import prepare
 from wmtp_worker.storage.atomic import (
     TEMPORARY_PREFIX,
     disk_errors,
@@ -24,9 +25,10 @@ from wmtp_worker.storage.atomic import (
     write_json,
 )
 from wmtp_worker.storage.layout import RunPaths
+from wmtp_worker.storage.runlock import run_lock
 from wmtp_worker.storage.seal import FileEntry, file_entry
 
-__all__ = ["Snapshot", "contents_of", "prune", "sweep", "write"]
+__all__ = ["Snapshot", "contents_of", "make_ready", "prune", "sweep", "write"]
 
 # one alone waits for the disk or for SHA-256; more gain nothing
 _FILES_AT_ONCE = 2
@@ -150,6 +152,21 @@ def _is_full(folder: Path) -> bool:
         return read_manifest(folder).kind == "full"
     except CheckpointError:
         return False
+
+
+def make_ready(paths: RunPaths) -> list[str]:
+    """`prepare` the work directory, after a sweep where the disk is full; the names of what was swept.
+
+    Raises what `prepare` does, and RunHeldError where the disk is full and another process trains the run.
+    """
+    try:
+        prepare(paths.workdir)
+        return []
+    except DiskFullError:
+        with run_lock(paths.lock):
+            swept = sweep(paths)
+        prepare(paths.workdir)
+        return swept
 
 
 def sweep(paths: RunPaths) -> list[str]:

@@ -5,9 +5,9 @@ import logging
 from rich.console import Console
 
 from wmtp_worker.checkpoint.export import read_facts
+from wmtp_worker.checkpoint.store import make_ready
 from wmtp_worker.errors import Interrupted, NotSafeError, RunHeldError, WorkerError
 from wmtp_worker.host.stop import StopRequest
-from wmtp_worker.host.workdir import prepare
 from wmtp_worker.settings import Settings
 from wmtp_worker.settings.schema import UNNAMED
 from wmtp_worker.storage.cloud import CloudSync, Terms
@@ -24,8 +24,10 @@ def is_finished(settings: Settings, stop: StopRequest, console: Console) -> bool
     paths = RunPaths(settings.run.workdir, settings.run.name)
     if settings.run.resume != "auto":
         return False
-    prepare(paths.workdir)
+    swept = make_ready(paths)
     with logging_to_console(settings.logging.level, console), RunBucket(settings, paths, stop.check) as bucket:
+        for name in swept:
+            log.info("removed %s, left half written by a process that was killed", name)
         bucket.fetch_final()
         made_with = UNNAMED | read_facts(paths.final).get("identity", {})
         # what else is in there are digests, which the second stage compares with its own

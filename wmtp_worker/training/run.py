@@ -13,7 +13,7 @@ from rich.console import Console
 from wmtp_worker.checkpoint.ledger import How, Ledger, Phases, read_heartbeat
 from wmtp_worker.checkpoint.losses import summarise
 from wmtp_worker.checkpoint.manifest import read_manifest
-from wmtp_worker.checkpoint.store import sweep
+from wmtp_worker.checkpoint.store import make_ready, sweep
 from wmtp_worker.errors import (
     CheckpointError,
     DiskFullError,
@@ -139,14 +139,14 @@ def _train_run(settings: Settings, group: Group, stop: StopRequest, console: Con
     phases = Phases()
     phases.done("boot")
     paths = RunPaths(settings.run.workdir, settings.run.name)
-    prepare(paths.workdir)
+    made_ready = make_ready(paths)
     with (
         run_lock(paths.lock),
         logging_to_console(settings.logging.level, console, settings.logging.format),
         Watchdog(settings.host.hang_seconds, log_file=paths.training_log) as watchdog,
         NoticeWatcher(settings.host.notices, stop),
     ):
-        swept = sweep(paths)
+        swept = [*made_ready, *sweep(paths)]
         before = read_heartbeat(paths.heartbeat)
         heartbeat = Heartbeat(paths.heartbeat, paths.run, watchdog.beat)
         with (
