@@ -388,6 +388,25 @@ def test_ticks_are_few_round_and_inside(low, high):
     assert all(len(spell(tick)) <= 8 for tick in found)
 
 
+@pytest.mark.parametrize(
+    ("ys", "options"),
+    [
+        ([1.00001, 1.00002], {}),
+        ([0.99911, 0.99932], {"share": True}),
+        ([12345.1, 12345.2], {}),
+        ([0.2, 0.4], {"zero": True, "number": "{:.0f} MB".format}),
+        ([5.0, 5.0], {}),
+    ],
+)
+def test_no_two_ticks_say_the_same(ys, options):
+    found = chart("t", [Line("a", [1, 2], ys)], **options)
+    labels = [tick.text for tick in found.y_ticks]
+    assert len(labels) > 1
+    assert len(set(labels)) == len(labels)
+    assert found.domain[2] <= ys[0] <= ys[1] <= found.domain[3]
+    assert found.domain[2] == 0 or "zero" not in options
+
+
 # --- in a browser ------------------------------------------------------------------------------------------------
 
 

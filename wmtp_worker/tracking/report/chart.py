@@ -106,6 +106,7 @@ def chart(
     xs = np.concatenate([x for _, x, _, _, _ in reduced])
     x0, x1 = _wide(float(xs.min()), float(xs.max()))
     y0, y1 = _range([(y, low, high) for _, _, y, low, high in reduced], zero or reduced[0][0].style == "bars", top)
+    y0, y1 = _told_apart(y0, y1, say)
 
     def place(x: Numbers, y: Numbers) -> str:
         across = np.rint((x - x0) / (x1 - x0) * UNITS).astype(int)
@@ -168,6 +169,17 @@ def _range(series: Sequence[tuple[Numbers, Numbers, Numbers]], zero: bool, top: 
 def _wide(low: float, high: float) -> tuple[float, float]:
     """The same, or a little more where there is nothing between."""
     return (low, high) if high > low else (low - (abs(low) * 0.05 or 1), high + (abs(high) * 0.05 or 1))
+
+
+def _told_apart(low: float, high: float, say: Callable[[float], str]) -> tuple[float, float]:
+    """The same, or more where the labels of two ticks would be one."""
+    for _ in range(64):
+        labels = [say(at) for at in ticks(low, high)]
+        if len(set(labels)) == len(labels):
+            break
+        margin = (high - low) / 2
+        low, high = (low if low == 0 else low - margin), high + margin
+    return low, high
 
 
 def _percent(value: float, low: float, high: float) -> float:
