@@ -294,7 +294,7 @@ def _explain(repository: Repository, error: Exception) -> WorkerError | None:
         )
         return InputError(f"{name} {what}", where=where, fix=fix)
     if isinstance(error, errors.RepositoryNotFoundError):
-        fix = "check the name; for a private one set HF_TOKEN to a token that may read it"
+        fix = "check the name, no folder here has it; for a private one set HF_TOKEN to a token that may read it"
         return InputError(f"the hub has no {repository.kind} {name}, or does not show it", where=where, fix=fix)
     if isinstance(error, errors.OfflineModeIsEnabled):
         return _offline(repository, "HF_HUB_OFFLINE forbids to ask the hub")
