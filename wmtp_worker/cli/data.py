@@ -100,17 +100,15 @@ def _show(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("split", title=f"format {report['format']}", title_justify="left")
-    columns = ("problems", "with tests", "with both", "correct", "incorrect", "unknown", "languages", "difficulty")
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("languages", "difficulty") else "right")
-    for split, counts in report["splits"].items():
-        numbers = (*(counts[name] for name in ("problems", "with_tests", "with_both")), *counts["solutions"].values())
-        words = (
-            ", ".join(f"{name} {count:,}" for name, count in counts[key].items())
-            for key in ("languages", "difficulties")
-        )
-        table.add_row(split, *(f"{number:,}" for number in numbers), *words)
+    # a split is a column: narrow terminals hold these, and people read down
+    table = Table("split", *report["splits"], title=f"format {report['format']}", title_justify="left")
+    for name in ("problems", "with_tests", "with_both"):
+        table.add_row(name.replace("_", " "), *(f"{counts[name]:,}" for counts in report["splits"].values()))
+    for name in ("correct", "incorrect", "unknown"):
+        table.add_row(f"{name} solutions", *(f"{counts['solutions'][name]:,}" for counts in report["splits"].values()))
+    for name in ("languages", "difficulties"):
+        told = (", ".join(f"{key} {n:,}" for key, n in counts[name].items()) for counts in report["splits"].values())
+        table.add_row(name, *told)
     Console().print(table)
     for name, digest in report["files"].items():
         typer.echo(printable(f"{digest}  {name}"))
