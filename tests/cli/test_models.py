@@ -98,6 +98,13 @@ def test_what_is_there_is_not_overwritten(command, meta, tmp_path):
     assert torch.load(meta / "consolidated.pth", weights_only=True)
 
 
+def test_a_tokenizer_that_is_not_where_it_is_named(command, meta, tmp_path):
+    nowhere = tmp_path / "nowhere"
+    done = command("models", "convert", meta, tmp_path / "new", "--to", "hf", "--tokenizer", nowhere, code=78)
+    assert done.stderr.startswith(f"error: no tokenizer.json, no tokenizer.model (from {nowhere})")
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_stop_leaves_nothing_behind(meta, tmp_path):
     from wmtp_worker.assets.convert import convert
 

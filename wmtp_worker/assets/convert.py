@@ -42,10 +42,14 @@ def convert(
 
     `hf` keeps head 1 alone, a plain Llama; `ours` and `meta` keep every head. Weights keep their dtype, bit by bit.
     `tokenizer`: the folder with it, if that is not `source`. `poll` is called before each tensor and may raise to stop.
-    The folder appears by one rename when all of it is on the disk. Raises `InputError` and `DiskFullError`.
+    The folder appears by one rename when all of it is on the disk. Raises `InputError`, also where `tokenizer` has
+    none, and `DiskFullError`.
     """
     if destination.exists():
-        raise InputError("is there already", where=str(destination), fix="name a folder that is not there yet")
+        raise InputError("the folder is there already", where=str(destination), fix="name one that is not there yet")
+    if tokenizer is not None and not tokenizer_files(tokenizer):
+        what = f"no tokenizer.json, no {TOKENIZER_MODEL}"
+        raise InputError(what, where=str(tokenizer), fix="give --tokenizer a folder that holds one")
     stored = open_stored(source)
     _check_room(stored, destination)
     written = temporary(destination)
