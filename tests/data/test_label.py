@@ -12,6 +12,7 @@ from wmtp_worker.data.formats import read_file, read_split
 from wmtp_worker.data.label import Labelling, label
 from wmtp_worker.data.labelled import Work, write_labelled
 from wmtp_worker.data.problems import Problem, Solution, dump
+from wmtp_worker.data.summary import summarise
 from wmtp_worker.errors import InputError, Interrupted
 from wmtp_worker.host.sandbox import Exchange, Limits, Sandbox
 
@@ -182,6 +183,31 @@ def test_a_folder_of_something_else_is_left_alone(sandbox, source, tmp_path, cha
     with pytest.raises(InputError, match="not empty"):
         write_labelled(Work(source, folder, asked), sandbox)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_call_that_came_to_nothing_is_in_nobodys_way(sandbox, source, tmp_path):
+    train = source / "train.jsonl"
+    right, folder = train.read_bytes(), tmp_path / "labelled"
+    train.rename(source / "validation.jsonl")
+    train.write_text("{\n")
+    with pytest.raises(InputError, match="malformed"):
+        write_labelled(Work(source, folder, Labelling(limits=QUICK)), sandbox)
+    assert list(folder.iterdir())
+    train.write_bytes(right)
+    write_labelled(Work(source, folder, Labelling(limits=QUICK)), sandbox)
+    assert len(list(read_file(folder / "train.jsonl"))) == 9
+
+
+def test_the_splits_that_one_file_has(sandbox, tmp_path):
+    source, record = tmp_path / "some.jsonl", {"text": "?", "code": RIGHT, "test_list": []}
+    source.write_text(json.dumps(record | {"task_id": 1}))
+    with pytest.raises(InputError, match="no problem of the train split"):
+        write_labelled(Work(source, tmp_path / "labelled", Labelling(limits=QUICK)), sandbox)
+    assert not (tmp_path / "labelled").exists()
+    source.write_text("".join(json.dumps(record | {"task_id": number}) + "\n" for number in (11, 601)))
+    report = write_labelled(Work(source, tmp_path / "labelled", Labelling(limits=QUICK)), sandbox)
+    assert list(report["files"]) == ["train.jsonl", "test.jsonl"]
+    assert list(summarise(source)["splits"]) == ["train", "test"]
 
 
 def test_two_at_once_are_refused(sandbox, source, tmp_path):

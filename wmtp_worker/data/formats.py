@@ -12,7 +12,7 @@ from wmtp_worker.data.code_contests import CodeContestsRow
 from wmtp_worker.data.gsm8k import Gsm8kRow
 from wmtp_worker.data.humaneval import HumanEvalRow
 from wmtp_worker.data.mbpp import PUBLIC_SPLIT, MbppRow
-from wmtp_worker.data.problems import Problem, Record, Split
+from wmtp_worker.data.problems import SPLITS, Problem, Record, Split
 from wmtp_worker.errors import InputError
 
 Format = Literal["mbpp", "code_contests", "humaneval", "gsm8k", "labelled"]
@@ -50,7 +50,7 @@ class Part:
     """A split: the files it is in, and which of their problems belong to it."""
 
     paths: list[Path]
-    keep: Callable[[Problem], bool] = lambda problem: True
+    keep: Callable[[Problem], bool] | None = None  # all
 
 
 def read_split(folder: Path, split: Split, format: Format | None = None) -> Iterator[Problem]:
@@ -60,6 +60,17 @@ def read_split(folder: Path, split: Split, format: Format | None = None) -> Iter
     wrong.
     """
     return _problems(_part(folder, split, format), split, format)
+
+
+def splits_of(folder: Path, format: Format | None = None) -> list[Split]:
+    """The splits that a data set has. One file may hold several: those of which it has a problem.
+
+    Raises `InputError` where there is none, and as `read_split` does.
+    """
+    found = [split for split in SPLITS if (part := find_part(folder, split, format)) and _is_any(part, format)]
+    if not found:
+        raise _nothing(_part(folder, "train", format).paths[0], "train")
+    return found
 
 
 def files_of(folder: Path, splits: Sequence[Split], format: Format | None = None) -> list[Path]:
@@ -136,12 +147,18 @@ def read_file(path: Path, format: Format | None = None) -> Iterator[Problem]:
         raise _empty(path)
 
 
+def _is_any(part: Part, format: Format | None) -> bool:
+    keep = part.keep
+    return keep is None or any(keep(problem) for path in part.paths for problem in read_file(path, format))
+
+
 def _problems(part: Part, split: Split, format: Format | None) -> Iterator[Problem]:
     found = 0
     for path in part.paths:
-        for problem in filter(part.keep, read_file(path, format)):
-            found += 1
-            yield problem
+        for problem in read_file(path, format):
+            if part.keep is None or part.keep(problem):
+                found += 1
+                yield problem
     if not found:
         raise _nothing(part.paths[0], split)
 

@@ -50,9 +50,7 @@ def write_labelled(work: Work, sandbox: Sandbox) -> dict[str, Any]:
     The same call, repeated, goes on where it was interrupted; what execution said (`said`) is then that of the last
     call. Raises `InputError` for a folder that holds something else, or that another process writes.
     """
-    splits = [split for split in SPLITS if formats.find_part(work.source, split, work.format) is not None]
-    if not splits:
-        raise files.missing(work.source, "train")
+    splits = formats.splits_of(work.source, work.format)
     made_of = {
         "format_version": VERSION,
         "worker_version": wmtp_worker.__version__,
@@ -74,10 +72,11 @@ def write_labelled(work: Work, sandbox: Sandbox) -> dict[str, Any]:
 
 
 def _begin(folder: Path, made_of: dict[str, Any]) -> None:
-    """Note in the folder what it will be; it may hold nothing but what the same call has left."""
+    """Note in the folder what it will be; it may hold what the same call has left, or one that came to nothing."""
     folder.mkdir(parents=True, exist_ok=True)
     begun = folder / _BEGUN
-    if not any(folder.iterdir()):
+    begins = {f".partial-{split}.jsonl" for split in SPLITS}
+    if all(path == begun or (path.name in begins and path.stat().st_size == 0) for path in folder.iterdir()):
         begun.write_text(json.dumps(made_of), encoding="utf-8")
         return
     try:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from wmtp_worker.data import files, formats
-from wmtp_worker.data.problems import SPLITS, Problem
+from wmtp_worker.data.problems import Problem
 
 _LABELS = {True: "correct", False: "incorrect", None: "unknown"}
 
@@ -15,9 +15,7 @@ def summarise(folder: Path, format: formats.Format | None = None) -> dict[str, A
     """By split: problems, those with tests, with correct and with incorrect solutions, with both, solutions by label
     and by language, problems by difficulty; and the SHA-256 of each file. JSON-ready. Raises `InputError`.
     """
-    splits = [split for split in SPLITS if formats.find_part(folder, split, format) is not None]
-    if not splits:
-        raise files.missing(folder, "train")
+    splits = formats.splits_of(folder, format)
     paths = formats.files_of(folder, splits, format)
     return {
         "format": format or formats.format_of(paths[0]),
